@@ -1,0 +1,45 @@
+"""The errors that users meet: each says what is wrong, where, and what to do.
+
+All are picklable (they cross process boundaries) and refine the standard exception a caller would expect.
+They are raised by every part of sparsight; invariants of our own code are plain `assert`s instead.
+"""
+
+
+class SparsightError(Exception):
+    """Anything a user can mend. Command lines print it as one line and exit with status 2."""
+
+
+class ConfigError(SparsightError, ValueError):
+    """A run configuration that cannot be used: unknown key, wrong type, contradicting values."""
+
+
+class DataError(SparsightError, ValueError):
+    """Input data that cannot be read: missing file, wrong JSON, broken row."""
+
+
+class PictureError(DataError):
+    """A picture refused by the safe decoder: broken, too large, or of a format not allowed."""
+
+
+class StorageError(SparsightError, OSError):
+    """A local path or object-store key that cannot be read or written."""
+
+
+class ArtifactError(SparsightError, ValueError):
+    """A stage's output that is missing, unfinished, or made by an incompatible version."""
+
+
+class AlignmentError(SparsightError, ValueError):
+    """Teacher and student disagree on response tokens: training on such a row would be silently wrong."""
+
+
+class CheckpointError(SparsightError, ValueError):
+    """A checkpoint or model directory that does not fit the model it is loaded into."""
+
+
+class ExportError(SparsightError, ValueError):
+    """An exported model that does not reload to the same numbers."""
+
+
+class StreamError(SparsightError, ValueError):
+    """A stream that cannot take this frame or answer this question: closed, full, or out of order."""
