@@ -63,7 +63,9 @@ class Manifest(BaseModel):
 class Artifact:
     """One directory of a run, in one of three states: absent, draft, finished."""
 
-    def __init__(self, storage: Storage, kind: str, schema_version: int, config: Any, inputs: Mapping[str, str]) -> None:
+    def __init__(
+        self, storage: Storage, kind: str, schema_version: int, config: Any, inputs: Mapping[str, str]
+    ) -> None:
         self.storage = storage
         self.kind = kind
         self.schema_version = schema_version

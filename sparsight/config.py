@@ -1,0 +1,372 @@
+"""One frozen, typed configuration for a whole run; a component receives only its own slice.
+
+`load(path, overrides)` reads one flat YAML file, applies `--set a.b=c` overrides and checks everything; unknown
+keys are refused. Only entry points (`pipelines/*`, tests) name `RunConfig`. Nothing heavy is imported here.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparsight.errors import ConfigError
+
+
+class Slice(BaseModel):
+    """A frozen group of settings; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ResourcesConfig(Slice):
+    num_cpus: int | None = None
+    """Logical CPUs of a cluster started here; None takes the machine's, at least 4. Ignored on an existing cluster."""
+    label_workers: int = Field(2, ge=1)
+    """Teacher replicas in the labelling actor pool."""
+    label_gpus: float = 0.0
+    """GPUs of one labelling worker; 0 labels on CPUs."""
+    train_workers: int = Field(2, ge=1)
+    """Data-parallel training workers."""
+    train_gpus: bool = False
+    """Whether each training worker takes one GPU."""
+    threads_per_worker: int = Field(1, ge=1)
+    """CPU threads of one labelling or training worker."""
+    max_failures: int = 3
+    """How often Ray Train restarts a failed worker group from its last checkpoint."""
+    start_timeout_s: float = 300.0
+    """How long to wait for the cluster to offer what a stage asks for before saying what is missing."""
+
+
+class EasyVqaSource(Slice):
+    kind: Literal["easy_vqa"]
+    path: str | None = None
+    """The package's data folder; None finds the installed `easy-vqa` package."""
+    limit: int | None = None
+    """Keep only the first pictures of each split."""
+
+
+class ScenesSource(Slice):
+    kind: Literal["scenes"]
+    pictures: int = Field(1000, ge=1)
+    """Training pictures to draw."""
+    test_pictures: int = Field(200, ge=0)
+    """Held-out pictures to draw, from another seed."""
+    max_objects: int = Field(4, ge=1, le=6)
+    size_pixels: int = 64
+
+
+class LlavaSource(Slice):
+    kind: Literal["llava"]
+    path: str
+    """The JSON file."""
+    pictures: str
+    """Folder that the records' `image` names are relative to."""
+    test_fraction: float = Field(0.0, ge=0.0, lt=1.0)
+
+
+class HuggingFaceSource(Slice):
+    kind: Literal["hugging_face"]
+    path: str
+    """A folder written by `save_to_disk`, or Parquet files of a dataset."""
+    picture_column: str = "image"
+    question_column: str = "question"
+    answer_column: str = "answer"
+    conversation_column: str | None = None
+    """A column in LLaVA form; when set, the question and answer columns are not read."""
+    split: str | None = None
+    test_fraction: float = Field(0.0, ge=0.0, lt=1.0)
+
+
+DataSource = Annotated[EasyVqaSource | ScenesSource | LlavaSource | HuggingFaceSource, Field(discriminator="kind")]
+
+
+class DataConfig(Slice):
+    sources: list[DataSource] = Field(min_length=1)
+    turns_per_sample: int = Field(8, ge=1)
+    """At most this many questions of one picture in one conversation."""
+    validation_fraction: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of the training pictures kept apart for choosing settings; whole pictures, by content hash."""
+    ground_truth_fraction: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of the student's training pictures whose answers it may see; the others reach it without answers."""
+    max_picture_bytes: int = 20_000_000
+    max_picture_pixels: int = 50_000_000
+
+
+class ArchitectureConfig(Slice):
+    """Sizes of a stock LLaVA-OneVision model with a SigLIP tower and a Qwen3 text model, made from nothing."""
+
+    picture_pixels: int = 64
+    patch_pixels: int = 8
+    tower_width: int = 128
+    tower_layers: int = 3
+    tower_heads: int = 4
+    text_width: int = 128
+    text_layers: int = 4
+    text_heads: int = 4
+    text_key_value_heads: int = 2
+    head_width: int = Field(32, ge=32)
+    """Width of one attention head; vLLM's CPU kernels need 32 or more."""
+    text_intermediate: int = 384
+    max_positions: int = 8192
+
+
+class UpcycleConfig(Slice):
+    experts: int = Field(4, ge=2)
+    active_experts: int = Field(2, ge=1)
+    layers: Literal["every_second", "first_half", "second_half", "all"] | list[int] = "every_second"
+    """Which text layers become sparse; every_second starts at layer 0, as LLaVA-MoD does."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "UpcycleConfig":
+        if self.active_experts > self.experts:
+            raise ValueError(f"active_experts {self.active_experts} is more than experts {self.experts}")
+        return self
+
+
+class TermsConfig(Slice):
+    """Weights of the loss terms of a stage; a term of weight 0 is not computed."""
+
+    cross_entropy: float = Field(0.0, ge=0.0)
+    """On answers that are ground truth (never on answers that the teacher wrote)."""
+    forward_kl: float = Field(0.0, ge=0.0)
+    """To the teacher's stored sparse targets, on every answer."""
+    balance: float = Field(0.0, ge=0.0)
+    """Router load balance, averaged over the sparse layers; padding is not counted."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TermsConfig":
+        if self.cross_entropy == 0.0 and self.forward_kl == 0.0:
+            raise ValueError("a stage needs a cross_entropy or a forward_kl weight above 0")
+        return self
+
+
+TrainableGroup = Literal["tower", "projector", "embeddings", "attention", "experts", "routers", "text"]
+
+
+class StageConfig(Slice):
+    """One training stage: what it reads, what may change, what it minimises, and for how long."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    rows: Literal["all", "ground_truth"] = "all"
+    """All training rows, or only those whose answers are ground truth."""
+    upcycle: UpcycleConfig | None = None
+    """Turn the dense student that this stage receives into a sparse one before training."""
+    trainable: list[TrainableGroup] = ["projector", "text"]
+    """Groups of weights that change; `text` is the whole text model, head and routers included."""
+    terms: TermsConfig
+    tail: Literal["sampled", "bucket"] = "sampled"
+    """How the mass outside the exact head is used: unbiased sampled tail, or one bucket (biased, no variance)."""
+    epochs: float | None = Field(None, gt=0.0)
+    steps: int | None = Field(None, ge=1)
+    """Optimiser steps; give this or `epochs`."""
+    batch_samples: int = Field(32, ge=1)
+    """Samples of one optimiser step, over all workers."""
+    learning_rate: float = Field(1e-3, gt=0.0)
+    warmup_fraction: float = Field(0.03, ge=0.0, le=1.0)
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = 1.0
+    checkpoint_every_steps: int = Field(200, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "StageConfig":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"stage '{self.name}': give exactly one of epochs and steps")
+        return self
+
+
+class TowerStageConfig(Slice):
+    """Training of a new tower to name shapes and colours, on the training pictures and drawn scenes."""
+
+    steps: int = Field(600, ge=1)
+    batch_pictures: int = Field(64, ge=1)
+    learning_rate: float = 1e-3
+    drawn_pictures: int = Field(4000, ge=1)
+    """Scenes drawn for patch-level supervision."""
+
+
+class TinyTeacherConfig(Slice):
+    """A real teacher made on this machine: tower first, then projector and text model."""
+
+    kind: Literal["tiny"]
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    vocabulary: int = Field(512, ge=300)
+    tower: TowerStageConfig = TowerStageConfig()
+    stages: list[StageConfig] = Field(min_length=1)
+
+
+class HuggingFaceTeacherConfig(Slice):
+    """Any transformers image-text-to-text model directory."""
+
+    kind: Literal["hugging_face"]
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: str | None = None
+    """transformers' `attn_implementation`; None lets transformers choose."""
+
+
+TeacherConfig = Annotated[TinyTeacherConfig | HuggingFaceTeacherConfig, Field(discriminator="kind")]
+
+
+class LabelConfig(Slice):
+    head: int = Field(12, ge=1)
+    """Exact most probable tokens kept a position."""
+    tail_samples: int = Field(8, ge=0)
+    """Draws from the remaining mass a position."""
+    batch_samples: int = Field(32, ge=1)
+    max_answer_tokens: int = Field(16, ge=1)
+    """Longest answer that the teacher writes where none is given."""
+    rows_per_file: int = Field(512, ge=1)
+
+
+class StudentConfig(Slice):
+    """The dense student before any up-cycling; its tower, projector width and tokenizer are the teacher's."""
+
+    base: str | None = None
+    """A dense stock model directory to start from; None makes one from `architecture`."""
+    architecture: ArchitectureConfig = ArchitectureConfig(text_layers=2)
+    tower_from_teacher: bool = True
+    """Copy the teacher's tower (same sizes needed) instead of starting from random weights."""
+
+
+class StudentRun(Slice):
+    """One student: its name and its stages, each starting where the one before ended."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    stages: list[StageConfig] = Field(min_length=1)
+
+
+class DistillConfig(Slice):
+    students: list[StudentRun] = Field(min_length=1)
+    """The first is exported and served; the others are comparisons."""
+    precompute_features: bool = True
+    """Compute the frozen tower's features once and train from them."""
+    same_visual_tokens: bool = True
+    """Refuse rows whose picture costs the student another number of tokens than the teacher."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DistillConfig":
+        names = [student.name for student in self.students]
+        if len(set(names)) != len(names):
+            raise ValueError(f"student names are not unique: {names}")
+        return self
+
+
+class EvaluateConfig(Slice):
+    batch_samples: int = Field(64, ge=1)
+    max_answer_tokens: int = Field(16, ge=1)
+    limit: int | None = None
+    """Evaluate only the first questions of each test set."""
+
+
+class StreamConfig(Slice):
+    """The ReKV memory of one stream."""
+
+    window_tokens: int = Field(512, ge=1)
+    """Sliding window of the encoder, system prompt not counted."""
+    retrieve_blocks: int = Field(16, ge=1)
+    """Blocks that an answer may rest on, per layer."""
+    recent_blocks: int = Field(2, ge=0)
+    """Of these, how many are always the newest."""
+    score: Literal["cosine", "dot"] = "cosine"
+    max_stream_bytes: int = 1_000_000_000
+    """Bytes of blocks that one stream may keep."""
+    max_streams: int = Field(64, ge=1)
+    max_frames_per_request: int = Field(64, ge=1)
+
+
+class ServeConfig(Slice):
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_body_bytes: int = 20_000_000
+    max_picture_bytes: int = 10_000_000
+    max_picture_pixels: int = 50_000_000
+    allowed_picture_hosts: list[str] = []
+    """Hosts whose http(s) pictures may be fetched; empty fetches nothing and takes data: URIs only."""
+    max_answer_tokens: int = Field(256, ge=1)
+    batch_requests: int = Field(16, ge=1)
+    batch_wait_s: float = 0.01
+    threads: int = Field(1, ge=1)
+    stream: StreamConfig = StreamConfig()
+
+
+class RunConfig(Slice):
+    """Everything that one run is made from."""
+
+    run_dir: str
+    """Where artefacts go: a local folder or s3://bucket/prefix."""
+    seed: int = 0
+    resources: ResourcesConfig = ResourcesConfig()
+    data: DataConfig
+    teacher: TeacherConfig
+    label: LabelConfig = LabelConfig()
+    student: StudentConfig = StudentConfig()
+    distill: DistillConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a YAML file; `overrides` are `a.b=value` strings (value in YAML).
+
+    Raises `ConfigError` that names the file, the key and the fault.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read config '{path}': {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config '{path}' is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config '{path}' must be a mapping of settings, not a {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)  # pyright: ignore[reportUnknownArgumentType]
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {_where(item['loc'])}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(f"config '{path}' cannot be used:\n" + "\n".join(lines)) from error
+
+
+def dump(config: BaseModel) -> str:
+    """The resolved configuration as YAML, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override '{override}' must look like a.b=value")
+    *parents, last = path.split(".")
+    node: Any = values
+    for key in parents:
+        node = _step(node, key, override)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': the value is not valid YAML") from error
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value  # pyright: ignore[reportUnknownArgumentType]
+    else:
+        node[last] = value
+
+
+def _step(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, override)]  # pyright: ignore[reportUnknownArgumentType]
+    child = node.setdefault(key, {}) if isinstance(node, dict) else None  # pyright: ignore
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"override '{override}': '{key}' is not a group of settings")
+    return child  # pyright: ignore[reportUnknownVariableType]
+
+
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(f"override '{override}': '{key}' is not an index into a list of {len(node)}")
+    return int(key)
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "(top)"
