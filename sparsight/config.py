@@ -23,15 +23,15 @@ class Slice(BaseModel):
 class ResourcesConfig(Slice):
     num_cpus: int | None = None
     """Logical CPUs of a cluster started here; None takes the machine's, at least 4. Ignored on an existing cluster."""
-    label_workers: int = Field(2, ge=1)
+    label_workers: int = Field(default=2, ge=1)
     """Teacher replicas in the labelling actor pool."""
     label_gpus: float = 0.0
     """GPUs of one labelling worker; 0 labels on CPUs."""
-    train_workers: int = Field(2, ge=1)
+    train_workers: int = Field(default=2, ge=1)
     """Data-parallel training workers."""
     train_gpus: bool = False
     """Whether each training worker takes one GPU."""
-    threads_per_worker: int = Field(1, ge=1)
+    threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads of one labelling or training worker."""
     max_failures: int = 3
     """How often Ray Train restarts a failed worker group from its last checkpoint."""
@@ -49,11 +49,11 @@ class EasyVqaSource(Slice):
 
 class ScenesSource(Slice):
     kind: Literal["scenes"]
-    pictures: int = Field(1000, ge=1)
+    pictures: int = Field(default=1000, ge=1)
     """Training pictures to draw."""
-    test_pictures: int = Field(200, ge=0)
+    test_pictures: int = Field(default=200, ge=0)
     """Held-out pictures to draw, from another seed."""
-    max_objects: int = Field(4, ge=1, le=6)
+    max_objects: int = Field(default=4, ge=1, le=6)
     size_pixels: int = 64
 
 
@@ -63,7 +63,7 @@ class LlavaSource(Slice):
     """The JSON file."""
     pictures: str
     """Folder that the records' `image` names are relative to."""
-    test_fraction: float = Field(0.0, ge=0.0, lt=1.0)
+    test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
 class HuggingFaceSource(Slice):
@@ -76,7 +76,7 @@ class HuggingFaceSource(Slice):
     conversation_column: str | None = None
     """A column in LLaVA form; when set, the question and answer columns are not read."""
     split: str | None = None
-    test_fraction: float = Field(0.0, ge=0.0, lt=1.0)
+    test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
 DataSource = Annotated[EasyVqaSource | ScenesSource | LlavaSource | HuggingFaceSource, Field(discriminator="kind")]
@@ -84,11 +84,11 @@ DataSource = Annotated[EasyVqaSource | ScenesSource | LlavaSource | HuggingFaceS
 
 class DataConfig(Slice):
     sources: list[DataSource] = Field(min_length=1)
-    turns_per_sample: int = Field(8, ge=1)
+    turns_per_sample: int = Field(default=8, ge=1)
     """At most this many questions of one picture in one conversation."""
-    validation_fraction: float = Field(0.0, ge=0.0, lt=1.0)
+    validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the training pictures kept apart for choosing settings; whole pictures, by content hash."""
-    ground_truth_fraction: float = Field(1.0, gt=0.0, le=1.0)
+    ground_truth_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of the student's training pictures whose answers it may see; the others reach it without answers."""
     max_picture_bytes: int = 20_000_000
     max_picture_pixels: int = 50_000_000
@@ -106,15 +106,15 @@ class ArchitectureConfig(Slice):
     text_layers: int = 4
     text_heads: int = 4
     text_key_value_heads: int = 2
-    head_width: int = Field(32, ge=32)
+    head_width: int = Field(default=32, ge=32)
     """Width of one attention head; vLLM's CPU kernels need 32 or more."""
     text_intermediate: int = 384
     max_positions: int = 8192
 
 
 class UpcycleConfig(Slice):
-    experts: int = Field(4, ge=2)
-    active_experts: int = Field(2, ge=1)
+    experts: int = Field(default=4, ge=2)
+    active_experts: int = Field(default=2, ge=1)
     layers: Literal["every_second", "first_half", "second_half", "all"] | list[int] = "every_second"
     """Which text layers become sparse; every_second starts at layer 0, as LLaVA-MoD does."""
 
@@ -128,11 +128,11 @@ class UpcycleConfig(Slice):
 class TermsConfig(Slice):
     """Weights of the loss terms of a stage; a term of weight 0 is not computed."""
 
-    cross_entropy: float = Field(0.0, ge=0.0)
+    cross_entropy: float = Field(default=0.0, ge=0.0)
     """On answers that are ground truth (never on answers that the teacher wrote)."""
-    forward_kl: float = Field(0.0, ge=0.0)
+    forward_kl: float = Field(default=0.0, ge=0.0)
     """To the teacher's stored sparse targets, on every answer."""
-    balance: float = Field(0.0, ge=0.0)
+    balance: float = Field(default=0.0, ge=0.0)
     """Router load balance, averaged over the sparse layers; padding is not counted."""
 
     @model_validator(mode="after")
@@ -158,17 +158,17 @@ class StageConfig(Slice):
     terms: TermsConfig
     tail: Literal["sampled", "bucket"] = "sampled"
     """How the mass outside the exact head is used: unbiased sampled tail, or one bucket (biased, no variance)."""
-    epochs: float | None = Field(None, gt=0.0)
-    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(default=None, gt=0.0)
+    steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; give this or `epochs`."""
-    batch_samples: int = Field(32, ge=1)
+    batch_samples: int = Field(default=32, ge=1)
     """Samples of one optimiser step, over all workers."""
-    learning_rate: float = Field(1e-3, gt=0.0)
-    warmup_fraction: float = Field(0.03, ge=0.0, le=1.0)
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    warmup_fraction: float = Field(default=0.03, ge=0.0, le=1.0)
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
-    checkpoint_every_steps: int = Field(200, ge=1)
+    checkpoint_every_steps: int = Field(default=200, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
@@ -180,10 +180,10 @@ class StageConfig(Slice):
 class TowerStageConfig(Slice):
     """Training of a new tower to name shapes and colours, on the training pictures and drawn scenes."""
 
-    steps: int = Field(600, ge=1)
-    batch_pictures: int = Field(64, ge=1)
+    steps: int = Field(default=600, ge=1)
+    batch_pictures: int = Field(default=64, ge=1)
     learning_rate: float = 1e-3
-    drawn_pictures: int = Field(4000, ge=1)
+    drawn_pictures: int = Field(default=4000, ge=1)
     """Scenes drawn for patch-level supervision."""
 
 
@@ -192,7 +192,7 @@ class TinyTeacherConfig(Slice):
 
     kind: Literal["tiny"]
     architecture: ArchitectureConfig = ArchitectureConfig()
-    vocabulary: int = Field(512, ge=300)
+    vocabulary: int = Field(default=512, ge=300)
     tower: TowerStageConfig = TowerStageConfig()
     stages: list[StageConfig] = Field(min_length=1)
 
@@ -211,14 +211,14 @@ TeacherConfig = Annotated[TinyTeacherConfig | HuggingFaceTeacherConfig, Field(di
 
 
 class LabelConfig(Slice):
-    head: int = Field(12, ge=1)
+    head: int = Field(default=12, ge=1)
     """Exact most probable tokens kept a position."""
-    tail_samples: int = Field(8, ge=0)
+    tail_samples: int = Field(default=8, ge=0)
     """Draws from the remaining mass a position."""
-    batch_samples: int = Field(32, ge=1)
-    max_answer_tokens: int = Field(16, ge=1)
+    batch_samples: int = Field(default=32, ge=1)
+    max_answer_tokens: int = Field(default=16, ge=1)
     """Longest answer that the teacher writes where none is given."""
-    rows_per_file: int = Field(512, ge=1)
+    rows_per_file: int = Field(default=512, ge=1)
 
 
 class StudentConfig(Slice):
@@ -255,8 +255,8 @@ class DistillConfig(Slice):
 
 
 class EvaluateConfig(Slice):
-    batch_samples: int = Field(64, ge=1)
-    max_answer_tokens: int = Field(16, ge=1)
+    batch_samples: int = Field(default=64, ge=1)
+    max_answer_tokens: int = Field(default=16, ge=1)
     limit: int | None = None
     """Evaluate only the first questions of each test set."""
 
@@ -264,17 +264,17 @@ class EvaluateConfig(Slice):
 class StreamConfig(Slice):
     """The ReKV memory of one stream."""
 
-    window_tokens: int = Field(512, ge=1)
+    window_tokens: int = Field(default=512, ge=1)
     """Sliding window of the encoder, system prompt not counted."""
-    retrieve_blocks: int = Field(16, ge=1)
+    retrieve_blocks: int = Field(default=16, ge=1)
     """Blocks that an answer may rest on, per layer."""
-    recent_blocks: int = Field(2, ge=0)
+    recent_blocks: int = Field(default=2, ge=0)
     """Of these, how many are always the newest."""
     score: Literal["cosine", "dot"] = "cosine"
     max_stream_bytes: int = 1_000_000_000
     """Bytes of blocks that one stream may keep."""
-    max_streams: int = Field(64, ge=1)
-    max_frames_per_request: int = Field(64, ge=1)
+    max_streams: int = Field(default=64, ge=1)
+    max_frames_per_request: int = Field(default=64, ge=1)
 
 
 class ServeConfig(Slice):
@@ -285,10 +285,10 @@ class ServeConfig(Slice):
     max_picture_pixels: int = 50_000_000
     allowed_picture_hosts: list[str] = []
     """Hosts whose http(s) pictures may be fetched; empty fetches nothing and takes data: URIs only."""
-    max_answer_tokens: int = Field(256, ge=1)
-    batch_requests: int = Field(16, ge=1)
+    max_answer_tokens: int = Field(default=256, ge=1)
+    batch_requests: int = Field(default=16, ge=1)
     batch_wait_s: float = 0.01
-    threads: int = Field(1, ge=1)
+    threads: int = Field(default=1, ge=1)
     stream: StreamConfig = StreamConfig()
 
 
