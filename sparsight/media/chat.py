@@ -1,0 +1,139 @@
+"""The one prompt that labelling, training, evaluation and serving share: conversation in, token ids out.
+
+A conversation is rendered once by the tokenizer's own chat template, with marks where answers stand; the text
+between marks is tokenized piece by piece, so an answer's tokens in training are exactly those that generation
+would continue the prompt with. It knows nothing of pictures but how many tokens each one takes.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsight.errors import DataError
+from sparsight.records import Turn
+
+Message = Mapping[str, Any]
+"""A chat message in transformers' form: role, and content parts of type text or video."""
+
+_MARK = "\ue000"
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """Token ids of a whole conversation; `answer_spans` are [start, end) of each answer with its end-of-turn token."""
+
+    input_ids: list[int]
+    answer_spans: list[tuple[int, int]]
+    visual_tokens: int
+
+    @property
+    def response_positions_n(self) -> npt.NDArray[np.int64]:
+        """Positions of all answer tokens, in order. The hidden state one position earlier predicts each."""
+        spans = [np.arange(start, end) for start, end in self.answer_spans]
+        return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+
+    @property
+    def response_ids_n(self) -> npt.NDArray[np.int32]:
+        return np.asarray(self.input_ids, dtype=np.int32)[self.response_positions_n]
+
+
+class ChatEncoder:
+    """Wraps a tokenizer that has a chat template and a token that stands for one visual position."""
+
+    def __init__(self, tokenizer: Any, visual_token: str) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(f"the tokenizer at '{tokenizer.name_or_path}' has no chat template: add one and try again")
+        self.tokenizer = tokenizer
+        self.visual_token = visual_token
+        self.visual_id = int(tokenizer.convert_tokens_to_ids(visual_token))
+        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        self.end_id = int(tokenizer.eos_token_id)
+        self._special = sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Equal for two tokenizers exactly when they cut text into the same ids."""
+        return hashlib.blake2b(self.tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest()
+
+    @property
+    def prompt_fingerprint(self) -> str:
+        """Equal when the chat template wraps text in the same way."""
+        text = f"{self.tokenizer.chat_template}\n{self.visual_token}"
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def plain(self, text: str) -> str:
+        """The text with the tokenizer's special tokens broken up, so that users cannot forge turns or pictures."""
+        text = text.replace(_MARK, "")
+        for token in self._special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def encode(self, turns: Sequence[Turn], visual_tokens: int) -> EncodedChat:
+        """A whole conversation about one picture that takes `visual_tokens` tokens; every answer must be present."""
+        pieces = self._pieces(turns)
+        texts: list[str] = [pieces[0]]
+        for turn, piece in zip(turns, pieces[1:], strict=True):
+            if turn.answer is None:
+                raise DataError(f"the answer to '{turn.question}' is withheld: label the sample first")
+            end, rest = self._split_end(piece)
+            texts += [self.plain(turn.answer) + end, rest]
+        ids = self._tokenize(texts)
+        input_ids = self._expand(ids[0], [visual_tokens])
+        spans: list[tuple[int, int]] = []
+        for answer_ids, rest_ids in zip(ids[1::2], ids[2::2], strict=True):
+            spans.append((len(input_ids), len(input_ids) + len(answer_ids)))
+            input_ids += answer_ids + rest_ids
+        return EncodedChat(input_ids, spans, visual_tokens)
+
+    def turn_prompts(self, turns: Sequence[Turn], visual_tokens: int) -> list[list[int]]:
+        """What to feed before each answer: the first holds the picture, later ones what follows an answer's end."""
+        pieces = self._pieces(turns)
+        texts = [pieces[0]] + [self._split_end(piece)[1] for piece in pieces[1:-1]]
+        first, *later = self._tokenize(texts)
+        return [self._expand(first, [visual_tokens]), *later]
+
+    def prompt(self, messages: Sequence[Message], visual_tokens: Sequence[int] = ()) -> list[int]:
+        """Ids of a chat that ends where the assistant's answer begins; one count per video part, in order."""
+        text = str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        return self._expand(self._tokenize([text])[0], visual_tokens)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _pieces(self, turns: Sequence[Turn]) -> list[str]:
+        """The rendered conversation cut where the answers stand: one piece more than there are turns."""
+        messages: list[Message] = []
+        for index, turn in enumerate(turns):
+            content: list[Message] = [{"type": "video"}] if index == 0 else []
+            content.append({"type": "text", "text": self.plain(turn.question)})
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": _MARK}]})
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        pieces = text.split(_MARK)
+        if len(pieces) != len(turns) + 1:
+            raise DataError("the tokenizer's chat template drops or repeats answers: it cannot be trained on")
+        return pieces
+
+    def _split_end(self, piece: str) -> tuple[str, str]:
+        """The end-of-turn token that closes an answer, and the text after it."""
+        for token in self._special:
+            if piece.startswith(token):
+                return token, piece[len(token) :]
+        raise DataError("the chat template closes an answer without an end-of-turn token: generation could not stop")
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    def _expand(self, ids: list[int], visual_tokens: Sequence[int]) -> list[int]:
+        expanded: list[int] = []
+        counts = iter(visual_tokens)
+        for token in ids:
+            expanded += [token] * next(counts, 0) if token == self.visual_id else [token]
+        placeholders = ids.count(self.visual_id)
+        if placeholders != len(visual_tokens):
+            raise DataError(f"the conversation shows {placeholders} pictures but {len(visual_tokens)} were given")
+        return expanded

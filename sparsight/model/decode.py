@@ -1,0 +1,114 @@
+"""Batched generation that can go on: feed token rows, decode, feed more, over one growing key-value cache.
+
+Rows may have different lengths: shorter ones are padded on the left and the padding is masked out for good, so a
+row's logits do not depend on its neighbours. One chat turn or many, batch evaluation, labelling and serving all
+use it. It knows nothing of chat formats.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from sparsight.model.vision_language import VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Temperature 0 is greedy. `top_p` keeps the smallest set of tokens with that much probability."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class BatchDecoder:
+    """B sequences in step. `feed` extends them, `decode` writes answers; both continue what is cached."""
+
+    def __init__(self, model: VisionLanguageModel, batch: int) -> None:
+        self.model = model
+        self.batch = batch
+        self._cache = DynamicCache()
+        self._mask_BT = torch.zeros((batch, 0), dtype=torch.long, device=model.device)
+        self.logits_BV = torch.zeros(0)
+
+    @torch.inference_mode()
+    def feed(self, rows: Sequence[Sequence[int]], visual_ND: torch.Tensor | None = None) -> None:
+        """Append each row's ids (an empty row stays where it is); `logits_BV` then predicts what follows.
+
+        `visual_ND` are the embeddings of all placeholders in reading order. A row that was fed nothing keeps its
+        earlier logits.
+        """
+        length = max(len(row) for row in rows)
+        if length == 0:
+            return
+        pad = self.model.chat.pad_id
+        ids_BT = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], device=self.model.device)
+        new_mask_BT = torch.tensor(
+            [[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.model.device
+        )
+        self._mask_BT = torch.cat([self._mask_BT, new_mask_BT], dim=1)
+        positions_BT = (self._mask_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+        outputs = self.model.text_model(
+            inputs_embeds=self.model.embed(ids_BT, visual_ND),
+            attention_mask=self._mask_BT,
+            position_ids=positions_BT,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        logits_BV = outputs.last_hidden_state[:, -1] @ self.model.head_VD.T
+        fed_B = new_mask_BT.any(dim=1)
+        same = self.logits_BV.shape == logits_BV.shape
+        self.logits_BV = torch.where(fed_B[:, None], logits_BV, self.logits_BV) if same else logits_BV
+
+    def decode(
+        self, limits: Sequence[int], sampling: Sequence[SamplingSettings] | None = None, feed_end: bool = False
+    ) -> list[list[int]]:
+        """Write at most `limits[row]` tokens per row, stopping at the end-of-turn token (kept in the output).
+
+        With `feed_end`, the last token written is fed as well, so that a further turn can follow.
+        """
+        written: list[list[int]] = [[] for _ in range(self.batch)]
+        end_id = self.model.chat.end_id
+        choose = _Chooser(sampling or [SamplingSettings()] * self.batch)
+        active = [limit > 0 for limit in limits]
+        while any(active):
+            chosen = choose(self.logits_BV)
+            step: list[list[int]] = []
+            for row in range(self.batch):
+                token = [chosen[row]] if active[row] else []
+                written[row] += token
+                done = token == [end_id] or len(written[row]) >= limits[row]
+                step.append(token if feed_end or not done else [])
+                active[row] = active[row] and not done
+            self.feed(step)
+        return written
+
+
+class _Chooser:
+    """Picks each row's next token; rows have their own settings and random streams."""
+
+    def __init__(self, settings: Sequence[SamplingSettings]) -> None:
+        self.settings = settings
+        self.generators = [torch.Generator() for _ in settings]
+        for generator, setting in zip(self.generators, settings, strict=True):
+            if setting.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(setting.seed)
+
+    def __call__(self, logits_BV: torch.Tensor) -> list[int]:
+        chosen: list[int] = logits_BV.argmax(dim=-1).tolist()
+        for row, setting in enumerate(self.settings):
+            if setting.temperature > 0.0:
+                chosen[row] = self._sample(logits_BV[row].float().cpu(), setting, self.generators[row])
+        return chosen
+
+    @staticmethod
+    def _sample(logits_V: torch.Tensor, setting: SamplingSettings, generator: torch.Generator) -> int:
+        probs_V, order_V = (logits_V / setting.temperature).softmax(dim=-1).sort(descending=True)
+        kept_V = probs_V.cumsum(dim=-1) - probs_V < setting.top_p
+        kept_V[0] = True
+        pick = torch.multinomial(probs_V * kept_V, 1, generator=generator)
+        return int(order_V[pick])

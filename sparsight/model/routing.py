@@ -1,0 +1,59 @@
+"""Watching the routers of a sparse text model: their logits and choices, layer by layer, by forward hooks.
+
+The outer LLaVA-OneVision class does not return router logits, and hooks are the public way to get them. What is
+done with them (balance loss, load figures) is decided by the callers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsight.model.vision_language import VisionLanguageModel
+
+
+def routers(model: VisionLanguageModel) -> dict[int, nn.Module]:
+    """The router module of every sparse text layer, by layer number; empty for a dense model."""
+    found: dict[int, nn.Module] = {}
+    layers: Any = model.text_model.layers
+    for index, layer in enumerate(layers):
+        gate = getattr(layer.mlp, "gate", None)
+        if gate is not None and hasattr(layer.mlp, "experts"):
+            found[index] = gate
+    return found
+
+
+@dataclass
+class RouterTrace:
+    """Per sparse layer, of the latest forward: logits [tokens, E] and chosen experts [tokens, A]."""
+
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def trace_routers(model: VisionLanguageModel) -> Iterator[RouterTrace]:
+    """Collects what every router says while the context is open; each forward replaces the one before."""
+    trace = RouterTrace()
+    handles: list[Any] = []
+    for layer, router in routers(model).items():
+
+        def keep(module: nn.Module, inputs: Any, outputs: Any, layer: int = layer) -> None:
+            trace.logits[layer], _, trace.chosen[layer] = outputs
+
+        handles.append(router.register_forward_hook(keep))
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expert_load(chosen_TA: torch.Tensor, experts: int, mask_T: torch.Tensor | None = None) -> torch.Tensor:
+    """Share of routed assignments that each expert received [E]; sums to 1. Masked-out tokens do not count."""
+    kept = chosen_TA if mask_T is None else chosen_TA[mask_T.bool()]
+    counts_E = torch.bincount(kept.reshape(-1), minlength=experts).float()
+    return counts_E / counts_E.sum().clamp(min=1)
