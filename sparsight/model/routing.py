@@ -4,7 +4,7 @@ The outer LLaVA-OneVision class does not return router logits, and hooks are the
 done with them (balance loss, load figures) is decided by the callers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ class RouterTrace:
 
 
 @contextmanager
-def trace_routers(model: VisionLanguageModel) -> Iterator[RouterTrace]:
+def trace_routers(model: VisionLanguageModel) -> Generator[RouterTrace]:
     """Collects what every router says while the context is open; each forward replaces the one before."""
     trace = RouterTrace()
     handles: list[Any] = []

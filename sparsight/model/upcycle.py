@@ -49,7 +49,7 @@ def upcycle(dense: VisionLanguageModel, settings: UpcycleConfig, seed: int) -> V
     sparse = sparse_layers(settings.layers, config.text_config.num_hidden_layers)
     config.text_config = _sparse_text_config(config.text_config, settings, sparse)
     torch.manual_seed(seed)
-    model = LlavaOnevisionForConditionalGeneration(config)
+    model: Any = LlavaOnevisionForConditionalGeneration(config)
     weights = dense.model.state_dict()
     with torch.no_grad():
         for name, target in model.state_dict().items():
