@@ -1,0 +1,1 @@
+"""What runs once: Ray Data and Ray Train programs, one module a stage. Each skips what is finished."""

@@ -1,0 +1,76 @@
+"""The command line that all pipeline programs share: `--config FILE`, repeated `--set a.b=value`, `--dry-run`.
+
+What a user can mend is printed as one line on standard error and ends with status 2; anything else is a fault of ours
+and keeps its traceback. Called by the `main` of each module here; knows nothing of what a stage does.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from sparsight.config import RunConfig, dump, load
+from sparsight.errors import SparsightError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+Plan = Callable[[RunConfig], Sequence[str]]
+"""The steps that a stage would take, one line each, computed without taking them."""
+
+
+def run_command(
+    description: str, action: Callable[[RunConfig], object], argv: Sequence[str] | None = None, plan: Plan | None = None
+) -> int:
+    """Load the configuration and run `action` with it; the exit status is returned.
+
+    With `--dry-run` the resolved configuration and the plan are printed instead.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="the YAML file of the run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=value", dest="overrides", help="replace one setting"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and plan, then stop")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            print(dump(config), end="")
+            for step in plan(config) if plan is not None else ():
+                print(f"# {step}")
+            return 0
+        action(config)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        mendable = user_error(error)
+        if mendable is None:
+            raise
+        print(f"error: {one_line(mendable)}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def user_error(error: BaseException) -> SparsightError | None:
+    """The `SparsightError` behind an error, or None.
+
+    Errors that crossed a process come wrapped, with the original as `cause` or `__cause__`; the wrapper may pass for
+    the original's class, but its message is a remote traceback, so the innermost is looked for.
+    """
+    seen: list[BaseException] = []
+    current: object = error
+    while isinstance(current, BaseException) and current not in seen:
+        wrapped = getattr(current, "cause", None)
+        if isinstance(current, SparsightError) and wrapped is None:
+            return current
+        seen.append(current)
+        current = wrapped or current.__cause__
+    return None
+
+
+def one_line(error: SparsightError) -> str:
+    """The error's message without line breaks."""
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip())
+    return re.sub(r"\s*\n\s*", "; ", text)

@@ -1,0 +1,262 @@
+"""First stage: every source becomes checked samples; pictures go to training, validation and test sets.
+
+Training rows of all sources are imported once (decoded, checked, quarantined where unusable) into a scratch folder of
+the run, then dealt out by content hash into `samples/teacher` (all answers), `samples/student` (answers for a share
+of the pictures), `samples/validation` and `samples/test_<source>`. Memory holds one file of samples and the rows'
+hashes. Plain Python: nothing here needs a cluster. Run as `python -m pipelines.prepare --config FILE`.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelines.command import run_command
+from sparsight.artifacts import Artifact, RunDirectory, digest
+from sparsight.config import (
+    DataConfig,
+    DataSource,
+    EasyVqaSource,
+    HuggingFaceSource,
+    LlavaSource,
+    RunConfig,
+    ScenesSource,
+)
+from sparsight.data.easy_vqa import find_folder, read_easy_vqa
+from sparsight.data.files import files_digest
+from sparsight.data.hugging_face import read_hugging_face
+from sparsight.data.llava import read_llava
+from sparsight.data.samples import Rows, iter_samples, write_quarantine, write_samples
+from sparsight.data.scene_questions import scene_samples
+from sparsight.data.scenes import SCENES_VERSION
+from sparsight.data.split import choose_pictures
+from sparsight.errors import DataError
+from sparsight.observe import progress, say
+from sparsight.records import SAMPLES_VERSION, Quarantined, Sample
+from sparsight.storage import Storage
+
+KIND = "samples"
+TEACHER, STUDENT, VALIDATION = "samples/teacher", "samples/student", "samples/validation"
+SCRATCH = "samples/imported"
+
+
+def test_name(source: DataSource) -> str:
+    """The artefact that holds a source's test samples."""
+    return f"samples/test_{source.kind}"
+
+
+class Imported(NamedTuple):
+    """What the training rows of all sources came to; the samples themselves lie in the scratch folder."""
+
+    hash_of: dict[str, str]  # content hash by sample id
+    kind_of: dict[str, str]  # source by sample id
+    quarantined: list[Quarantined]
+
+
+class Deal(NamedTuple):
+    """Which pictures go where, as content hashes; pictures in none of the first two are for training."""
+
+    test: dict[str, frozenset[str]]  # by artefact
+    validation: frozenset[str]
+    answered: frozenset[str]
+
+    @property
+    def held_out(self) -> frozenset[str]:
+        return self.validation.union(*self.test.values())
+
+
+def prepare(config: RunConfig) -> None:
+    """Write the sample artefacts of a run; finished ones are left alone.
+
+    Raises `DataError` where a source cannot be read, where no row of it can be used, and where two rows have one id.
+    """
+    artifacts = plan_artifacts(config)
+    if all(artifact.finished for artifact in artifacts.values()):
+        say("prepare: nothing to do, all samples are there")
+        return
+    scratch = RunDirectory(config.run_dir).storage.child(SCRATCH)
+    scratch.delete("")
+    imported = import_training_rows(config, scratch)
+    deal = deal_pictures(config, imported)
+    for name, artifact in artifacts.items():
+        if not artifact.finished:
+            _write(name, artifact, config, scratch, imported, deal)
+    scratch.delete("")
+
+
+def plan_artifacts(config: RunConfig) -> dict[str, Artifact]:
+    """The artefacts of this stage, each fingerprinted by just the settings and files that it depends on."""
+    run = RunDirectory(config.run_dir)
+    data = config.data.model_dump(mode="json")
+    fraction = data.pop("ground_truth_fraction")
+    shared = {"data": data, "seed": config.seed, "scenes_version": SCENES_VERSION}
+    inputs = {
+        f"source_{index}_{source.kind}": source_digest(source) for index, source in enumerate(config.data.sources)
+    }
+    configs: dict[str, Any] = {TEACHER: shared, STUDENT: {**shared, "ground_truth_fraction": fraction}}
+    if config.data.validation_fraction > 0.0:
+        configs[VALIDATION] = shared
+    for source in config.data.sources:
+        if _has_test(source):
+            configs[test_name(source)] = shared
+    return {
+        name: run.artifact(name, KIND, SAMPLES_VERSION, {"name": name, **settings}, inputs)
+        for name, settings in configs.items()
+    }
+
+
+def source_digest(source: DataSource) -> str:
+    """A digest of a source's files, so that changed data is imported anew. Raises `DataError` if they are missing."""
+    if isinstance(source, EasyVqaSource):
+        folder = find_folder(source)
+        questions = [folder / split / "questions.json" for split in ("train", "test")]
+        return files_digest(*questions, folder / "train" / "images", folder / "test" / "images")
+    if isinstance(source, LlavaSource):
+        return files_digest(Path(source.path), Path(source.pictures))
+    if isinstance(source, HuggingFaceSource):
+        return files_digest(Path(source.path))
+    return digest(source)
+
+
+def _has_test(source: DataSource) -> bool:
+    if isinstance(source, ScenesSource):
+        return source.test_pictures > 0
+    return isinstance(source, EasyVqaSource) or source.test_fraction > 0.0
+
+
+def training_rows(source: DataSource, data: DataConfig, seed: int) -> Rows:
+    """The rows of a source that training, validation and cut test sets are dealt from."""
+    if isinstance(source, EasyVqaSource):
+        return read_easy_vqa(source, "train", data, seed)
+    if isinstance(source, ScenesSource):
+        return Rows(source.pictures, scene_samples(source, "train", seed, data.turns_per_sample))
+    if isinstance(source, LlavaSource):
+        return read_llava(source, data)
+    return read_hugging_face(source, data)
+
+
+def official_test_rows(source: DataSource, data: DataConfig, seed: int, seen: frozenset[str]) -> Rows | None:
+    """The rows of a source's own test set, or None where it has none; `seen` are the training pictures' hashes."""
+    if isinstance(source, EasyVqaSource):
+        return read_easy_vqa(source, "test", data, seed)
+    if isinstance(source, ScenesSource):
+        items = scene_samples(source, "test", seed, data.turns_per_sample, exclude=seen)
+        return Rows(source.test_pictures, items)
+    return None
+
+
+def import_training_rows(config: RunConfig, scratch: Storage) -> Imported:
+    """Read every source's training rows once and keep the usable ones in `scratch`."""
+    imported = Imported({}, {}, [])
+
+    def good_rows() -> Iterator[Sample]:
+        for source in config.data.sources:
+            before = len(imported.hash_of), len(imported.quarantined)
+            rows = training_rows(source, config.data, config.seed)
+            for row in progress(rows.items, f"importing {source.kind}", total=rows.total):
+                if isinstance(row, Quarantined):
+                    imported.quarantined.append(row)
+                    continue
+                if row.id in imported.hash_of:
+                    raise DataError(f"the id '{row.id}' appears twice in data.sources: remove one of the equal rows")
+                imported.hash_of[row.id] = row.content_hash
+                imported.kind_of[row.id] = source.kind
+                yield row
+            _check_usable(source, len(imported.hash_of) - before[0], imported.quarantined[before[1] :])
+
+    write_samples(scratch, good_rows())
+    return imported
+
+
+def _check_usable(source: DataSource, samples: int, quarantined: Sequence[Quarantined]) -> None:
+    if quarantined:
+        first = quarantined[0]
+        say(f"{source.kind}: {len(quarantined)} rows quarantined, the first is '{first.id}': {first.reason}")
+    if samples == 0:
+        reason = f"; the first, '{quarantined[0].id}': {quarantined[0].reason}" if quarantined else ""
+        raise DataError(f"source '{source.kind}' gave no usable row, {len(quarantined)} were quarantined{reason}")
+
+
+def deal_pictures(config: RunConfig, imported: Imported) -> Deal:
+    """Choose the pictures of each side: tests first, then validation, then those whose answers the student sees."""
+    test: dict[str, frozenset[str]] = {}
+    for source in config.data.sources:
+        if isinstance(source, LlavaSource | HuggingFaceSource) and source.test_fraction > 0.0:
+            own = (imported.hash_of[row] for row, kind in imported.kind_of.items() if kind == source.kind)
+            test[test_name(source)] = choose_pictures(own, source.test_fraction, config.seed, "test")
+    rest = set(imported.hash_of.values()).difference(*test.values())
+    validation = choose_pictures(rest, config.data.validation_fraction, config.seed, "validation")
+    answered = choose_pictures(rest - validation, config.data.ground_truth_fraction, config.seed, "ground_truth")
+    return Deal(test, validation, answered)
+
+
+def _write(name: str, artifact: Artifact, config: RunConfig, scratch: Storage, imported: Imported, deal: Deal) -> None:
+    quarantined: list[Quarantined] = []
+    counts = {"samples": 0, "questions": 0, "answered_questions": 0}
+    pictures: set[str] = set()
+
+    def counted(samples: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            counts["samples"] += 1
+            counts["questions"] += len(sample.turns)
+            counts["answered_questions"] += sum(turn.answer is not None for turn in sample.turns)
+            pictures.add(sample.content_hash)
+            yield sample
+
+    artifact.begin()
+    if name in (TEACHER, STUDENT):
+        quarantined += imported.quarantined
+        samples = _dealt(scratch, lambda content_hash: content_hash not in deal.held_out)
+        if name == STUDENT:
+            samples = (row if row.content_hash in deal.answered else row.without_answers() for row in samples)
+    elif name == VALIDATION:
+        samples = _dealt(scratch, lambda content_hash: content_hash in deal.validation)
+    else:
+        samples = _test_samples(name, config, scratch, imported, deal, quarantined)
+    write_samples(artifact.storage, counted(samples))
+    write_quarantine(artifact.storage, quarantined)
+    total = counts["samples"] + len(quarantined)
+    artifact.commit({"input": total, "quarantined": len(quarantined), "pictures": len(pictures), **counts})
+    say(f"{name}: {counts['questions']} questions, {len(pictures)} pictures, {len(quarantined)} rows quarantined")
+
+
+def _dealt(scratch: Storage, wanted: Callable[[str], bool]) -> Iterator[Sample]:
+    return (sample for sample in iter_samples(scratch) if wanted(sample.content_hash))
+
+
+def _test_samples(
+    name: str, config: RunConfig, scratch: Storage, imported: Imported, deal: Deal, quarantined: list[Quarantined]
+) -> Iterator[Sample]:
+    """The test samples of all sources that share an artefact; unusable rows are put into `quarantined`."""
+    seen = frozenset(imported.hash_of.values())
+    ids: set[str] = set()
+    for source in config.data.sources:
+        rows = official_test_rows(source, config.data, config.seed, seen) if test_name(source) == name else None
+        if rows is None:
+            continue
+        for row in progress(rows.items, f"importing {source.kind} test", total=rows.total):
+            if isinstance(row, Quarantined):
+                quarantined.append(row)
+            elif row.id in ids:
+                raise DataError(f"the id '{row.id}' appears twice in data.sources: remove one of the equal rows")
+            else:
+                ids.add(row.id)
+                yield row
+    if name in deal.test:
+        yield from _dealt(scratch, lambda content_hash: content_hash in deal.test[name])
+
+
+def plan(config: RunConfig) -> list[str]:
+    """One line an artefact: what would be done."""
+    return [
+        f"{name}: {'finished, kept' if artifact.finished else 'to be written'} ({artifact.storage.uri})"
+        for name, artifact in plan_artifacts(config).items()
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("Import the data sources and write the sample sets of a run.", prepare, argv, plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Where samples come from: importers, the scene generator, the sample store and the splits. Trains nothing."""

@@ -1,0 +1,62 @@
+"""Imports LLaVA-form training data: a JSON list (or JSON lines) of records, and a folder of pictures.
+
+A record is `{"id": …, "image": name, "conversations": [{"from": "human", "value": …}, {"from": "gpt", …}, …]}`.
+Records without exactly one readable picture inside the folder come out quarantined. Called by data preparation.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from sparsight.config import DataConfig, LlavaSource
+from sparsight.data.files import read_json, read_json_lines, read_picture
+from sparsight.data.samples import Rows
+from sparsight.data.turns import pieces, read_conversation
+from sparsight.errors import DataError
+from sparsight.records import Quarantined, Sample
+
+SOURCE = "llava"
+
+
+def read_llava(source: LlavaSource, data: DataConfig) -> Rows:
+    """Samples `llava/<file>/<row>/<record id>`, long conversations cut in order (`…/0`, `…/1`).
+
+    Raises `DataError` where the file is missing or no JSON list, or the picture folder is missing.
+    """
+    path = Path(source.path)
+    records = read_json_lines(path) if path.suffix == ".jsonl" else read_json(path)
+    if not isinstance(records, list):
+        raise DataError(f"'{path}' must be a list of records, not a {type(records).__name__}")
+    folder = Path(source.pictures)
+    if not folder.is_dir():
+        raise DataError(f"the picture folder '{folder}' of '{path}' is missing: correct the source's pictures")
+    return Rows(len(records), _rows(records, path, folder, data))
+
+
+def _rows(records: list[Any], path: Path, folder: Path, data: DataConfig) -> Iterator[Sample | Quarantined]:
+    for index, record in enumerate(records):
+        row = f"{SOURCE}/{path.stem}/{index}"
+        if isinstance(record, Mapping) and isinstance(record.get("id"), str | int):
+            row = f"{row}/{record['id']}"
+        try:
+            if not isinstance(record, Mapping):
+                raise DataError(f"the record is a {type(record).__name__}, not a mapping")
+            parts = pieces(read_conversation(record.get("conversations")), data.turns_per_sample)
+            picture = read_picture(_picture_path(record.get("image"), folder), data)
+        except DataError as error:
+            yield Quarantined(row, str(path), str(error))
+            continue
+        for part, turns in enumerate(parts):
+            yield Sample(row if len(parts) == 1 else f"{row}/{part}", (picture,), turns, SOURCE)
+
+
+def _picture_path(name: Any, folder: Path) -> Path:
+    """Where a record's picture is. The file of records is not trusted: names may not lead out of the folder."""
+    if name is None:
+        raise DataError("the record names no picture")
+    if not isinstance(name, str) or not name:
+        raise DataError("the record's 'image' must be one file name")
+    path = PurePosixPath(name)
+    if path.is_absolute() or PureWindowsPath(name).anchor or ".." in path.parts + PureWindowsPath(name).parts:
+        raise DataError(f"the picture name {name!r} leads out of the picture folder")
+    return folder / path
