@@ -40,7 +40,7 @@ TEACHER, STUDENT, VALIDATION = "samples/teacher", "samples/student", "samples/va
 SCRATCH = "samples/imported"
 
 
-def test_name(source: DataSource) -> str:
+def name_of_test_set(source: DataSource) -> str:
     """The artefact that holds a source's test samples."""
     return f"samples/test_{source.kind}"
 
@@ -85,7 +85,10 @@ def prepare(config: RunConfig) -> None:
 
 
 def plan_artifacts(config: RunConfig) -> dict[str, Artifact]:
-    """The artefacts of this stage, each fingerprinted by just the settings and files that it depends on."""
+    """The artefacts of this stage by name, fingerprinted by the data settings, the seed and the sources' files.
+
+    The share of answers that the student sees counts for its samples only: changing it does not remake a teacher.
+    """
     run = RunDirectory(config.run_dir)
     data = config.data.model_dump(mode="json")
     fraction = data.pop("ground_truth_fraction")
@@ -98,7 +101,7 @@ def plan_artifacts(config: RunConfig) -> dict[str, Artifact]:
         configs[VALIDATION] = shared
     for source in config.data.sources:
         if _has_test(source):
-            configs[test_name(source)] = shared
+            configs[name_of_test_set(source)] = shared
     return {
         name: run.artifact(name, KIND, SAMPLES_VERSION, {"name": name, **settings}, inputs)
         for name, settings in configs.items()
@@ -183,7 +186,7 @@ def deal_pictures(config: RunConfig, imported: Imported) -> Deal:
     for source in config.data.sources:
         if isinstance(source, LlavaSource | HuggingFaceSource) and source.test_fraction > 0.0:
             own = (imported.hash_of[row] for row, kind in imported.kind_of.items() if kind == source.kind)
-            test[test_name(source)] = choose_pictures(own, source.test_fraction, config.seed, "test")
+            test[name_of_test_set(source)] = choose_pictures(own, source.test_fraction, config.seed, "test")
     rest = set(imported.hash_of.values()).difference(*test.values())
     validation = choose_pictures(rest, config.data.validation_fraction, config.seed, "validation")
     answered = choose_pictures(rest - validation, config.data.ground_truth_fraction, config.seed, "ground_truth")
@@ -214,6 +217,8 @@ def _write(name: str, artifact: Artifact, config: RunConfig, scratch: Storage, i
     else:
         samples = _test_samples(name, config, scratch, imported, deal, quarantined)
     write_samples(artifact.storage, counted(samples))
+    if counts["samples"] == 0:
+        raise DataError(f"'{name}' would be empty: give more pictures or another fraction in data, or mend the sources")
     write_quarantine(artifact.storage, quarantined)
     total = counts["samples"] + len(quarantined)
     artifact.commit({"input": total, "quarantined": len(quarantined), "pictures": len(pictures), **counts})
@@ -231,7 +236,7 @@ def _test_samples(
     seen = frozenset(imported.hash_of.values())
     ids: set[str] = set()
     for source in config.data.sources:
-        rows = official_test_rows(source, config.data, config.seed, seen) if test_name(source) == name else None
+        rows = official_test_rows(source, config.data, config.seed, seen) if name_of_test_set(source) == name else None
         if rows is None:
             continue
         for row in progress(rows.items, f"importing {source.kind} test", total=rows.total):

@@ -96,7 +96,8 @@ class LocalStorage:
                 os.fsync(file.fileno())
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            if partial.is_file():
+                partial.unlink()
             raise StorageError(f"cannot write '{path}': {error.strerror or error}") from error
 
     def exists(self, key: str) -> bool:
@@ -107,9 +108,8 @@ class LocalStorage:
         if start.is_file():
             yield prefix
             return
-        for path in sorted(start.rglob("*")):
-            if path.is_file() and not path.name.endswith(".partial"):
-                yield path.relative_to(self.root).as_posix()
+        files = (path for path in start.rglob("*") if path.is_file() and not path.name.endswith(".partial"))
+        yield from sorted(path.relative_to(self.root).as_posix() for path in files)
 
     def delete(self, prefix: str) -> None:
         path = self.root / prefix
@@ -178,22 +178,35 @@ class S3Storage:
             raise self._error("write", key, error) from error
 
     def exists(self, key: str) -> bool:
-        page = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(key), MaxKeys=1)
-        found = [item["Key"] for item in page.get("Contents", [])]
-        return any(name == self._key(key) or name.startswith(self._key(key) + "/") for name in found)
+        name = self._key(key)
+        # Two listings: among keys that begin with the name, "name.txt" and "name-1" come before "name/…".
+        return self._first(key, name) == name or self._first(key, f"{name}/" if name else "") is not None
+
+    def _first(self, key: str, prefix: str) -> str | None:
+        try:
+            page = self.client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=1)
+        except Exception as error:
+            raise self._error("look for", key, error) from error
+        return next((item["Key"] for item in page.get("Contents", [])), None)
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         folder = self._key(prefix)
         skip = len(self.prefix) + 1 if self.prefix else 0
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
-        for page in pages:
-            for item in page.get("Contents", []):
-                if not folder or item["Key"] == folder or item["Key"].startswith(folder + "/"):
-                    yield item["Key"][skip:]
+        try:
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
+            for page in pages:
+                for item in page.get("Contents", []):
+                    if not folder or item["Key"] == folder or item["Key"].startswith(folder + "/"):
+                        yield item["Key"][skip:]
+        except Exception as error:
+            raise self._error("list", prefix, error) from error
 
     def delete(self, prefix: str) -> None:
         for key in list(self.keys(prefix)):
-            self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+            try:
+                self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+            except Exception as error:
+                raise self._error("delete", key, error) from error
 
     def child(self, key: str) -> "S3Storage":
         return S3Storage(self.bucket, self._key(key))

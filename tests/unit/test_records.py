@@ -1,0 +1,110 @@
+"""Rows: what goes in comes out, through Parquet, and the hashes tell things apart."""
+
+from io import BytesIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sparsight.records import (
+    PICTURE_MARK,
+    SAMPLE_SCHEMA,
+    SIGNAL_SCHEMA,
+    Sample,
+    SparseTargets,
+    TeacherSignal,
+    Turn,
+    hash_frames,
+    hash_response,
+)
+
+
+def through_parquet(row: dict[str, object], schema: pa.Schema) -> dict[str, object]:
+    buffer = BytesIO()
+    pq.write_table(pa.Table.from_pylist([row], schema=schema), buffer)
+    table = pq.read_table(buffer)
+    assert table.schema.names == schema.names
+    assert table.schema.metadata == schema.metadata
+    return table.to_pylist()[0]
+
+
+def sample(*answers: str | None) -> Sample:
+    turns = tuple(Turn(f"question {index}?", answer, "kind") for index, answer in enumerate(answers))
+    return Sample("id/0", (b"frame a", b"frame b"), turns, "somewhere", (0.0, 1.5))
+
+
+def test_sample_survives_parquet() -> None:
+    for one in (sample("yes", "no"), sample("yes", None), sample()):
+        assert Sample.from_row(through_parquet(one.to_row(), SAMPLE_SCHEMA)) == one
+
+
+def test_conversation_is_in_llava_form() -> None:
+    messages = sample("yes", None).to_row()["conversation"]
+    assert messages == [
+        {"from": "human", "value": f"{PICTURE_MARK}\nquestion 0?"},
+        {"from": "gpt", "value": "yes"},
+        {"from": "human", "value": "question 1?"},
+        {"from": "gpt", "value": None},
+    ]
+
+
+def test_withheld_answers_change_nothing_else() -> None:
+    full = sample("yes", "no")
+    bare = full.without_answers()
+    assert full.has_ground_truth
+    assert not bare.has_ground_truth
+    assert [turn.answer for turn in bare.turns] == [None, None]
+    assert [(turn.question, turn.answer_type) for turn in bare.turns] == [
+        (turn.question, turn.answer_type) for turn in full.turns
+    ]
+    assert (bare.id, bare.content_hash, bare.frame_times_s) == (full.id, full.content_hash, full.frame_times_s)
+
+
+def test_content_hash_sees_bytes_and_borders() -> None:
+    assert hash_frames([b"ab", b"c"]) != hash_frames([b"a", b"bc"])
+    assert hash_frames([b"ab", b"c"]) != hash_frames([b"c", b"ab"])
+    assert hash_frames([b"ab"]) == hash_frames([b"ab"])
+
+
+def targets(positions: int, head: int, tail: int) -> SparseTargets:
+    random = np.random.default_rng(0)
+    return SparseTargets(
+        head_ids_nK=random.integers(0, 150_000, (positions, head)).astype(np.int32),
+        head_logprobs_nK=random.normal(size=(positions, head)).astype(np.float16).astype(np.float32),
+        tail_mass_n=random.uniform(size=positions).astype(np.float16).astype(np.float32),
+        tail_ids_nS=random.integers(0, 150_000, (positions, tail)).astype(np.int32),
+        tail_logprobs_nS=random.normal(size=(positions, tail)).astype(np.float16).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize(("positions", "head", "tail"), [(5, 3, 2), (4, 3, 0), (1, 1, 1), (0, 3, 2)])
+def test_signal_survives_parquet(positions: int, head: int, tail: int) -> None:
+    signal = TeacherSignal(
+        id="a",
+        content_hash="h",
+        response_ids_n=np.arange(positions, dtype=np.int32),
+        answer_lengths=(positions,),
+        answered_by_teacher=(True,),
+        label_logprobs_n=np.linspace(-1, 0, positions, dtype=np.float32),
+        targets=targets(positions, head, tail),
+        visual_tokens=65,
+    )
+    back = TeacherSignal.from_row(through_parquet(signal.to_row(), SIGNAL_SCHEMA))
+    assert len(back.targets) == positions
+    for name in ("id", "content_hash", "answer_lengths", "answered_by_teacher", "visual_tokens"):
+        assert getattr(back, name) == getattr(signal, name)
+    for name in ("response_ids_n", "label_logprobs_n"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(signal, name))
+    if positions:
+        for name in ("head_ids_nK", "head_logprobs_nK", "tail_mass_n", "tail_ids_nS", "tail_logprobs_nS"):
+            np.testing.assert_array_equal(getattr(back.targets, name), getattr(signal.targets, name))
+    assert back.response_hash == hash_response(signal.response_ids_n)
+
+
+def test_response_hash_tells_tokens_apart() -> None:
+    one = np.array([1, 2, 3], dtype=np.int32)
+    assert hash_response(one) == hash_response(np.array([1, 2, 3], dtype=np.int64).astype(np.int32))
+    assert hash_response(one) == hash_response(np.array([0, 1, 2, 3], dtype=np.int32)[1:])
+    assert hash_response(one) != hash_response(np.array([1, 3, 2], dtype=np.int32))
+    assert hash_response(one) != hash_response(np.array([1, 2], dtype=np.int32))
