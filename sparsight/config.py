@@ -287,7 +287,14 @@ class ServeConfig(Slice):
     """Hosts whose http(s) pictures may be fetched; empty fetches nothing and takes data: URIs only."""
     max_answer_tokens: int = Field(default=256, ge=1)
     batch_requests: int = Field(default=16, ge=1)
-    batch_wait_s: float = 0.01
+    batch_wait_s: float = Field(default=0.01, ge=0.0)
+    """How long the first request of a batch waits for others."""
+    max_queued_requests: int = Field(default=64, ge=0)
+    """Requests that may wait beyond those being answered; more are refused with 429."""
+    picture_timeout_s: float = Field(default=10.0, gt=0.0)
+    """For fetching one picture from an allowed host."""
+    max_pictures: int = Field(default=16, ge=1)
+    """Pictures of one chat request."""
     threads: int = Field(default=1, ge=1)
     stream: StreamConfig = StreamConfig()
 

@@ -41,6 +41,18 @@ class EncodedChat:
         return np.asarray(self.input_ids, dtype=np.int32)[self.response_positions_n]
 
 
+@dataclass(frozen=True)
+class FramesPrompt:
+    """The ids around a clip: all that stands before its first visual token, and all after its last.
+
+    `question` says which of `after_ids` are the question's own words.
+    """
+
+    before_ids: list[int]
+    after_ids: list[int]
+    question: slice
+
+
 class ChatEncoder:
     """Wraps a tokenizer that has a chat template and a token that stands for one visual position."""
 
@@ -100,6 +112,24 @@ class ChatEncoder:
         """Ids of a chat that ends where the assistant's answer begins; one count per video part, in order."""
         text = str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
         return self._expand(self._tokenize([text])[0], visual_tokens)
+
+    def frames_prompt(self, question: str) -> FramesPrompt:
+        """The prompt of one question (not empty) about a clip, cut where the clip stands."""
+        question = self.plain(question).strip()
+        messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = list(encoding["input_ids"])
+        if ids.count(self.visual_id) != 1 or question not in text:
+            raise DataError("the tokenizer's chat template does not show a clip and a question: streams need both")
+        visual = ids.index(self.visual_id)
+        start = text.index(question, text.index(self.visual_token) + len(self.visual_token))
+        own = [
+            index
+            for index, (first, last) in enumerate(encoding["offset_mapping"])
+            if index > visual and last > start and first < start + len(question)
+        ]
+        return FramesPrompt(ids[:visual], ids[visual + 1 :], slice(own[0] - visual - 1, own[-1] - visual))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

@@ -71,7 +71,7 @@ class BatchDecoder:
         """
         written: list[list[int]] = [[] for _ in range(self.batch)]
         end_id = self.model.chat.end_id
-        choose = _Chooser(sampling or [SamplingSettings()] * self.batch)
+        choose = TokenChooser(sampling or [SamplingSettings()] * self.batch)
         active = [limit > 0 for limit in limits]
         while any(active):
             chosen = choose(self.logits_BV)
@@ -86,7 +86,7 @@ class BatchDecoder:
         return written
 
 
-class _Chooser:
+class TokenChooser:
     """Picks each row's next token; rows have their own settings and random streams."""
 
     def __init__(self, settings: Sequence[SamplingSettings]) -> None:
