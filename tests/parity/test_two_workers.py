@@ -1,0 +1,78 @@
+"""Two gloo workers take the same steps as one worker alone: same weights, same metrics, same balance loss."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from sparsight.distill.balance import Balance, balance_loss
+from tests.parity.training_case import trainer, weights
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    trained = trainer()
+    start = weights(trained)
+    metrics = [trained.train_step() for _ in range(trained.total_steps)]
+    return {"start": start, "weights": weights(trained), "metrics": metrics}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two worker processes, which meet through a file, ended with."""
+    folder = tmp_path_factory.mktemp("workers")
+    mp.spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    trained = trainer()
+    metrics = [trained.train_step() for _ in range(trained.total_steps)]
+    balance, grad_TE = balance_of(slice(0, 5) if rank == 0 else slice(5, None))
+    torch.save(
+        {
+            "weights": weights(trained),
+            "metrics": metrics,
+            "balance": [balance.loss.detach(), balance.value.detach(), balance.load_LE, grad_TE],
+        },
+        f"{folder}/{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+def balance_of(part: slice) -> tuple[Balance, torch.Tensor]:
+    """Balance loss and its gradient for a part of 12 routed tokens."""
+    logits_TE = torch.randn(12, 4, generator=torch.Generator().manual_seed(2))
+    mask_T = torch.tensor([1, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1])
+    chosen_TA = logits_TE.topk(2).indices
+    mine_TE = logits_TE[part].clone().requires_grad_()
+    balance = balance_loss({0: mine_TE}, {0: chosen_TA[part]}, mask_T[part])
+    return balance, torch.autograd.grad(balance.loss, mine_TE)[0]
+
+
+def test_workers_together_take_the_steps_of_one(alone: dict[str, Any], together: list[dict[str, Any]]) -> None:
+    moved = max(float((alone["weights"][name] - alone["start"][name]).abs().max()) for name in alone["start"])
+    assert moved > 3e-3
+    for name, value in alone["weights"].items():
+        assert torch.equal(together[0]["weights"][name], together[1]["weights"][name])
+        torch.testing.assert_close(together[0]["weights"][name], value, atol=2e-5, rtol=1e-4)
+    for ours, theirs in zip(together[0]["metrics"], alone["metrics"], strict=True):
+        expected = {name: figure for name, figure in theirs.items() if name != "tokens_per_s"}
+        assert {name: ours[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_the_balance_loss_is_of_the_whole_batch(together: list[dict[str, Any]]) -> None:
+    whole, grad_TE = balance_of(slice(None))
+    first, second = (result["balance"] for result in together)
+    torch.testing.assert_close((first[0] + second[0]) / 2, whole.loss.detach())
+    torch.testing.assert_close(torch.cat([first[3], second[3]]) / 2, grad_TE)
+    for part in (first, second):
+        torch.testing.assert_close(part[1], whole.value.detach())
+        torch.testing.assert_close(part[2], whole.load_LE)
