@@ -164,8 +164,8 @@ def patch_labels(scene: Scene, patch_pixels: int) -> tuple[npt.NDArray[np.int64]
     COLOUR_NAMES[i].
 
     A patch belongs to the object that covers most of it, if that is a quarter of the patch or more; the patch that an
-    object covers most is its own even below that, so that no object goes unseen. Raises `ConfigError` where patches
-    do not tile the picture.
+    object covers most is its own even below that (unless another covers more of it), so that small objects are not
+    taken for ground. Raises `ConfigError` where patches do not tile the picture.
     """
     if scene.size_pixels % patch_pixels:
         raise ConfigError(f"patches of {patch_pixels} pixels do not tile a picture of {scene.size_pixels} pixels")

@@ -34,7 +34,7 @@ def decode(data: bytes, max_bytes: int = MAX_PICTURE_BYTES, max_pixels: int = MA
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             _check_pixels(image.size, max_pixels)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_upright(image))
     except PictureError:
         raise
     except UnidentifiedImageError as error:
@@ -78,6 +78,13 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     if kind == b"VP8 ":
         return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
     return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged EXIF block tells no orientation, but the pixels are whole
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

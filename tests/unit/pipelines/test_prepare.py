@@ -1,0 +1,222 @@
+"""Preparation: rows are accounted for, pictures stay on one side, and finished work is kept."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.prepare import plan, prepare
+from sparsight.artifacts import RunDirectory
+from sparsight.config import RunConfig
+from sparsight.data.samples import read_quarantine, read_samples
+from sparsight.errors import ArtifactError, DataError
+from sparsight.records import Sample
+
+STAGE = {"name": "mimic", "terms": {"forward_kl": 1.0}, "steps": 10}
+SCENES = {"kind": "scenes", "pictures": 60, "test_pictures": 20}
+
+
+def config(run_dir: str, sources: list[dict[str, Any]], seed: int = 0, **data: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run_dir": run_dir,
+            "seed": seed,
+            "data": {"sources": sources, **data},
+            "teacher": {"kind": "tiny", "stages": [STAGE]},
+            "distill": {"students": [{"name": "sparse", "stages": [STAGE]}]},
+        }
+    )
+
+
+def samples(run_dir: str, name: str) -> list[Sample]:
+    storage, _ = RunDirectory(run_dir).finished(f"samples/{name}", "samples")
+    return read_samples(storage)
+
+
+def pictures(run_dir: str, name: str) -> set[str]:
+    return {sample.content_hash for sample in samples(run_dir, name)}
+
+
+def fingerprints(run_dir: str) -> dict[str, tuple[str, bytes]]:
+    storage = RunDirectory(run_dir).storage
+    names = sorted({key.split("/")[1] for key in storage.keys("samples")})
+    return {
+        name: (
+            RunDirectory(run_dir).finished(f"samples/{name}")[1].fingerprint,
+            storage.read_bytes(f"samples/{name}/part-00000.parquet"),
+        )
+        for name in names
+    }
+
+
+@pytest.fixture
+def llava(tmp_path: Path, picture_bytes: Callable[..., bytes]) -> dict[str, Any]:
+    """30 rows about 10 pictures, two of them unreadable: 24 good rows, 6 bad ones."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(10):
+        data = picture_bytes(f"#{number:02d}0000")
+        (folder / f"{number}.png").write_bytes(data if number > 1 else data[:50])
+    talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a thing"}]
+    records = [{"image": f"{number % 10}.png", "conversations": talk} for number in range(30)]
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    return {"kind": "llava", "path": str(tmp_path / "rows.json"), "pictures": str(folder)}
+
+
+def test_every_row_is_accounted_for(tmp_path: Path, llava: dict[str, Any]) -> None:
+    run = str(tmp_path / "run")
+    prepare(config(run, [llava, SCENES], validation_fraction=0.1, ground_truth_fraction=0.25))
+    for name in ("teacher", "student", "validation", "test_scenes"):
+        storage, manifest = RunDirectory(run).finished(f"samples/{name}")
+        counts, rows = manifest.counts, read_samples(storage)
+        assert counts["input"] == counts["samples"] + counts["quarantined"]
+        assert counts["samples"] == len(rows)
+        assert counts["quarantined"] == len(read_quarantine(storage))
+        assert counts["questions"] == sum(len(row.turns) for row in rows)
+        assert counts["pictures"] == len(pictures(run, name))
+    bad = read_quarantine(RunDirectory(run).storage.child("samples/teacher"))
+    assert [row.id for row in bad] == [f"llava/rows/{index}" for index in (0, 1, 10, 11, 20, 21)]
+    good = [row for name in ("teacher", "validation") for row in samples(run, name) if row.source == "llava"]
+    assert len(good) + len(bad) == 30
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
+        "student",
+        "teacher",
+        "test_scenes",
+        "validation",
+    ]
+
+
+def test_pictures_stay_on_one_side(tmp_path: Path, llava: dict[str, Any]) -> None:
+    run = str(tmp_path / "run")
+    prepare(config(run, [{**llava, "test_fraction": 0.25}, SCENES], validation_fraction=0.1, ground_truth_fraction=0.2))
+    sets = {name: pictures(run, name) for name in ("teacher", "validation", "test_llava", "test_scenes")}
+    names = list(sets)
+    assert all(not sets[a] & sets[b] for index, a in enumerate(names) for b in names[index + 1 :])
+    assert len(sets["test_llava"]) == 2  # of 8 readable
+    assert len(sets["validation"]) == round(0.1 * 66)
+    assert len(sets["teacher"]) == 66 - len(sets["validation"])
+    assert len(samples(run, "test_llava")) == 6  # all three rows of each
+
+
+def test_the_student_sees_answers_for_a_share_of_whole_pictures(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    prepare(config(run, [SCENES], ground_truth_fraction=0.3, turns_per_sample=3))
+    teacher, student = samples(run, "teacher"), samples(run, "student")
+    assert [sample.without_answers() for sample in teacher] == [sample.without_answers() for sample in student]
+    assert all(sample.has_ground_truth for sample in teacher)
+    answered = {sample.content_hash for sample in student if sample.has_ground_truth}
+    assert len(answered) == round(0.3 * 60)
+    for full, seen in zip(teacher, student, strict=True):
+        assert seen == (full if full.content_hash in answered else full.without_answers())
+    counts = RunDirectory(run).finished("samples/student")[1].counts
+    assert counts["answered_questions"] == sum(len(sample.turns) for sample in student if sample.has_ground_truth)
+
+
+def test_easy_vqa_keeps_its_official_split(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    prepare(config(run, [{"kind": "easy_vqa", "limit": 20}], turns_per_sample=4))
+    assert {sample.id.split("/")[1] for sample in samples(run, "teacher")} == {"train"}
+    assert {sample.id.split("/")[1] for sample in samples(run, "test_easy_vqa")} == {"test"}
+    assert len(pictures(run, "test_easy_vqa")) == 20
+    assert max(len(sample.turns) for sample in samples(run, "test_easy_vqa")) <= 4
+    assert not pictures(run, "test_easy_vqa") & pictures(run, "teacher")
+
+
+def test_same_settings_same_bytes_wherever_it_runs(storage_uri: str, tmp_path: Path) -> None:
+    prepare(config(storage_uri, [SCENES], validation_fraction=0.1))
+    prepare(config(str(tmp_path / "run"), [SCENES], validation_fraction=0.1))
+    assert fingerprints(storage_uri) == fingerprints(str(tmp_path / "run"))
+
+
+def test_another_seed_makes_other_samples(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        prepare(config(str(tmp_path / str(seed)), [SCENES], seed=seed))
+    one, other = fingerprints(str(tmp_path / "0")), fingerprints(str(tmp_path / "1"))
+    assert all(one[name][0] != other[name][0] and one[name][1] != other[name][1] for name in one)
+
+
+def test_finished_work_is_kept_and_settings_remake_what_depends_on_them(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    prepare(config(run, [SCENES]))
+    marks = [tmp_path / "run" / "samples" / name / "mark" for name in ("teacher", "student", "test_scenes")]
+    for mark in marks:
+        mark.touch()
+    prepare(config(run, [SCENES]))
+    assert all(mark.exists() for mark in marks)
+    prepare(config(run, [SCENES], ground_truth_fraction=0.5))
+    assert [mark.exists() for mark in marks] == [True, False, True]
+    prepare(config(run, [SCENES], ground_truth_fraction=0.5, turns_per_sample=4))
+    assert [mark.exists() for mark in marks] == [False, False, False]
+
+
+def test_changed_files_are_imported_anew(tmp_path: Path, llava: dict[str, Any]) -> None:
+    run = str(tmp_path / "run")
+    prepare(config(run, [llava]))
+    before = RunDirectory(run).finished("samples/teacher")[1]
+    pictures_folder = Path(llava["pictures"])
+    (pictures_folder / "0.png").write_bytes((pictures_folder / "5.png").read_bytes() + b" ")
+    prepare(config(run, [llava]))
+    after = RunDirectory(run).finished("samples/teacher")[1]
+    assert (before.counts["quarantined"], after.counts["quarantined"]) == (6, 3)
+
+
+def test_what_a_killed_run_left_is_not_mixed_in(tmp_path: Path) -> None:
+    clean, killed = str(tmp_path / "clean"), str(tmp_path / "killed")
+    prepare(config(clean, [SCENES]))
+    prepare(config(killed, [SCENES]))
+    storage = RunDirectory(killed).storage
+    fingerprint = RunDirectory(killed).finished("samples/student")[1].fingerprint
+    part = storage.read_bytes("samples/student/part-00000.parquet")
+    storage.delete("samples/student/manifest.json")  # as if killed just before the end
+    storage.write_bytes("samples/student/draft.json", json.dumps({"fingerprint": fingerprint}).encode())
+    storage.write_bytes("samples/student/part-00007.parquet", part)
+    storage.write_bytes("samples/imported/part-00003.parquet", part)
+    prepare(config(killed, [SCENES]))
+    assert fingerprints(killed) == fingerprints(clean)
+    assert samples(killed, "student") == samples(clean, "student")
+
+
+def test_a_source_named_twice_is_refused_and_nothing_is_finished(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    with pytest.raises(DataError, match=r"the id 'scenes/train/0/0' appears twice in data\.sources"):
+        prepare(config(run, [SCENES, SCENES]))
+    with pytest.raises(ArtifactError, match="run its stage first"):
+        samples(run, "teacher")
+
+
+def test_a_source_without_a_usable_row_is_refused(tmp_path: Path, llava: dict[str, Any]) -> None:
+    for path in Path(llava["pictures"]).iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(
+        DataError, match=r"source 'llava' gave no usable row, 30 were quarantined; .*not a readable PNG"
+    ):
+        prepare(config(str(tmp_path / "run"), [SCENES, llava]))
+
+
+def test_a_set_that_would_be_empty_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'samples/validation' would be empty"):
+        prepare(config(str(tmp_path / "run"), [SCENES], validation_fraction=0.001))
+
+
+def test_missing_sources_are_named(tmp_path: Path, llava: dict[str, Any]) -> None:
+    absent = str(tmp_path / "absent")
+    for source in (
+        {"kind": "easy_vqa", "path": absent},
+        {**llava, "path": absent},
+        {**llava, "pictures": absent},
+        {"kind": "hugging_face", "path": absent},
+    ):
+        with pytest.raises(DataError, match="absent"):
+            prepare(config(str(tmp_path / "run"), [source]))
+
+
+def test_the_plan_names_what_is_left_to_do(tmp_path: Path) -> None:
+    settings = config(str(tmp_path / "run"), [SCENES], validation_fraction=0.1)
+    names = ["samples/teacher", "samples/student", "samples/validation", "samples/test_scenes"]
+    assert [line.split(":")[0] for line in plan(settings)] == names
+    assert all("to be written" in line for line in plan(settings))
+    assert not (tmp_path / "run").exists()
+    prepare(settings)
+    assert all("finished" in line for line in plan(settings))
