@@ -1,0 +1,280 @@
+"""Last stage: every model sits every test set, then the report is written. Artefacts `evaluation` and `report`.
+
+A Ray task for each model and test set loads the model once and hands its answers back piece by piece; agreement and
+speed follow when all have answered, speed alone on the machine. The protocol is docs/protocol.md. Run as
+`python -m pipelines.evaluate --config FILE`.
+"""
+
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from pipelines.command import run_command
+from pipelines.models import ModelSource, evaluated_models
+from pipelines.report import plan_report, write_report
+from pipelines.runtime import connect, require
+from sparsight.artifacts import Artifact, RunDirectory, read_manifest
+from sparsight.config import EvaluateConfig, RunConfig
+from sparsight.data.samples import iter_samples
+from sparsight.errors import AlignmentError, ArtifactError
+from sparsight.evaluate.agreement import Agreement, agreement
+from sparsight.evaluate.answers import Answer, Examination, Examiner, by_pictures, join
+from sparsight.evaluate.results import (
+    STUDENT,
+    TEACHER,
+    Evaluation,
+    ModelResult,
+    baseline_result,
+    figures,
+    paired,
+    set_result,
+    shares,
+)
+from sparsight.evaluate.scores import Baselines
+from sparsight.evaluate.speed import decode_speeds
+from sparsight.model.parameters import activated_parameters, total_parameters
+from sparsight.model.vision_language import VisionLanguageModel
+from sparsight.observe import progress_bar, say
+from sparsight.records import Turn
+from sparsight.storage import Storage
+
+ARTIFACT, KIND, VERSION = "evaluation", "evaluation", 1
+RESULTS, PREDICTIONS = "evaluation.json", "predictions.parquet"
+HEADLINE_SOURCE = "easy_vqa"
+PICTURES_PER_PIECE = 256
+
+Answered = dict[tuple[str, str], Examination]
+"""By model and test set."""
+
+
+def evaluate(config: RunConfig) -> None:
+    """Write the artefacts `evaluation` and `report`; finished ones are left alone.
+
+    Raises `ArtifactError` where the samples or a model are not finished, `AlignmentError` where a student cuts text
+    into other tokens than the teacher.
+    """
+    models = evaluated_models(config)
+    artifact = plan_evaluation(config, models)
+    if artifact.finished is None:
+        start_s = time.monotonic()
+        artifact.begin()
+        evaluation, answered = examine_all(config, models)
+        artifact.storage.write_bytes(RESULTS, evaluation.model_dump_json(indent=2).encode())
+        artifact.storage.write_bytes(PREDICTIONS, _predictions(answered))
+        counts = {"questions": sum(len(part.answers) for part in answered.values()), "models": len(models)}
+        artifact.commit(counts, figures(evaluation) | {"wall_s": time.monotonic() - start_s})
+    else:
+        say("evaluate: nothing to do, the evaluation is there")
+    write_report(config)
+
+
+def plan_evaluation(config: RunConfig, models: Sequence[ModelSource]) -> Artifact:
+    """The artefact of this stage, fingerprinted by its settings, the models and the test sets."""
+    run = RunDirectory(config.run_dir)
+    inputs = {f"model_{model.name}": model.fingerprint for model in models}
+    for name, storage in test_sets(run).items():
+        inputs[name] = read_manifest(storage, "samples").fingerprint
+    return run.artifact(ARTIFACT, KIND, VERSION, config.evaluate, inputs)
+
+
+def test_sets(run: RunDirectory) -> dict[str, Storage]:
+    """Finished test sets of a run by name (`easy_vqa`, `scenes`, …), the headline set first."""
+    keys = (key for key in run.storage.keys("samples") if key.endswith("/manifest.json"))
+    names = sorted(key.split("/")[1].removeprefix("test_") for key in keys if key.startswith("samples/test_"))
+    if not names:
+        raise ArtifactError(f"'{run.storage.uri}' holds no finished test set: run pipelines.prepare with test pictures")
+    names.sort(key=lambda name: name != HEADLINE_SOURCE)
+    return {name: run.storage.child(f"samples/test_{name}") for name in names}
+
+
+def examine_all(config: RunConfig, models: Sequence[ModelSource]) -> tuple[Evaluation, Answered]:
+    """Let all models sit all test sets, then compare and time them."""
+    run = RunDirectory(config.run_dir)
+    connect(config.resources)
+    resources = config.resources
+    require(resources.threads_per_worker, resources.label_gpus, resources.start_timeout_s, "evaluation")
+    sets = test_sets(run)
+    answered = _answers(config, models, sets)
+    kinds = _agreements(config, models, answered)
+    say("evaluate: measuring the speed of decoding")
+    sizes: dict[str, _Size] = ray.get(_task(_measure, config).remote(list(models), config.resources.threads_per_worker))
+    results = {
+        model.name: ModelResult(
+            name=model.label,
+            directory=model.uri,
+            activated_parameters=sizes[model.name].activated,
+            total_parameters=sizes[model.name].total,
+            sets={name: set_result(answered[model.name, name].answers, kinds.get((model.name, name))) for name in sets},
+            tokens_per_s=sizes[model.name].tokens_per_s,
+            expert_load={name: shares(answered[model.name, name].expert_counts) for name in sets},
+        )
+        for model in models
+    }
+    headline = next(iter(sets))
+    evaluation = Evaluation(
+        headline_set=headline,
+        models=results,
+        baselines={
+            name: baseline_result(Baselines(_training_turns(run, name)), answered[models[0].name, name].answers)
+            for name in sets
+        },
+        differences={
+            f"{STUDENT} - {other.name}": paired(
+                answered[STUDENT, headline].answers, answered[other.name, headline].answers
+            )
+            for other in models
+            if other.name != STUDENT
+        },
+    )
+    return evaluation, answered
+
+
+def _training_turns(run: RunDirectory, test_set: str) -> list[Turn]:
+    """The answered training turns of a test set's source."""
+    storage, _ = run.finished("samples/teacher", "samples")
+    samples = list(iter_samples(storage))
+    own = [sample for sample in samples if sample.source == test_set]
+    return [turn for sample in own or samples for turn in sample.turns]
+
+
+def _task(function: Any, config: RunConfig) -> Any:
+    resources = config.resources
+    return ray.remote(function).options(num_cpus=resources.threads_per_worker, num_gpus=resources.label_gpus)
+
+
+def _answers(config: RunConfig, models: Sequence[ModelSource], sets: Mapping[str, Storage]) -> Answered:
+    settings, threads = config.evaluate, config.resources.threads_per_worker
+    counts = {name: _questions(storage, settings) for name, storage in sets.items()}
+    work = {
+        _task(_examine, config).remote(model, storage, settings, threads): (model.name, name)
+        for name, storage in sets.items()
+        for model in models
+    }
+    parts: dict[tuple[str, str], list[Examination]] = {key: [] for key in work.values()}
+    bar = progress_bar("evaluating", total=sum(counts.values()) * len(models), unit="question")
+    while work:
+        ready: Any = ray.wait(list(work), num_returns=1)[0][0]
+        try:
+            part: Examination = ray.get(next(ready))
+        except StopIteration:
+            del work[ready]
+            continue
+        parts[work[ready]].append(part)
+        bar.update(len(part.answers))
+    bar.close()
+    return {key: join(pieces) for key, pieces in parts.items()}
+
+
+def _questions(storage: Storage, settings: EvaluateConfig) -> int:
+    questions = read_manifest(storage, "samples").counts["questions"]
+    return questions if settings.limit is None else min(questions, settings.limit)
+
+
+def _examine(source: ModelSource, samples: Storage, settings: EvaluateConfig, threads: int) -> Generator[Examination]:
+    """Runs in a worker: one model on one test set, piece by piece."""
+    torch.set_num_threads(threads)
+    examiner = Examiner(load(source), settings.batch_samples, settings.max_answer_tokens)
+    for piece in by_pictures(iter_samples(samples), PICTURES_PER_PIECE, settings.limit):
+        yield examiner.examine(piece)
+
+
+def load(source: ModelSource) -> VisionLanguageModel:
+    """A model on this process's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return VisionLanguageModel.load(source.fetch(), dtype=dtype, device=device)
+
+
+def _agreements(
+    config: RunConfig, models: Sequence[ModelSource], answered: Answered
+) -> dict[tuple[str, str], Agreement]:
+    teacher = next((model for model in models if model.name == TEACHER), None)
+    if teacher is None:
+        return {}
+    compare = _task(_compare, config)
+    work = {
+        (model, name): compare.remote(teacher, source, answered[TEACHER, name], answered[model, name])
+        for source in models
+        for model, name in answered
+        if model == source.name != TEACHER
+    }
+    return dict(zip(work, ray.get(list(work.values())), strict=True))
+
+
+def _compare(teacher: ModelSource, student: ModelSource, taught: Examination, learned: Examination) -> Agreement:
+    """Runs in a worker: the states of both models through their own heads."""
+    if taught.response_ids_n.tolist() != learned.response_ids_n.tolist():
+        raise AlignmentError(
+            f"'{student.label}' cuts answers into other tokens than the teacher: their distributions cannot be compared"
+        )
+    teacher_head_VD, student_head_VD = load(teacher).head_VD, load(student).head_VD
+    return agreement(
+        torch.from_numpy(taught.states_nD).to(teacher_head_VD),
+        teacher_head_VD,
+        torch.from_numpy(learned.states_nD).to(student_head_VD),
+        student_head_VD,
+    )
+
+
+class _Size(NamedTuple):
+    activated: int
+    total: int
+    tokens_per_s: dict[int, float]
+
+
+def _measure(sources: Sequence[ModelSource], threads: int) -> dict[str, _Size]:
+    """Runs in a worker, alone: parameters and decoding speed of all models, in turns."""
+    torch.set_num_threads(threads)
+    models = {source.name: load(source) for source in sources}
+    speeds = decode_speeds(models)
+    return {
+        name: _Size(activated_parameters(model), total_parameters(model), speeds[name])
+        for name, model in models.items()
+    }
+
+
+def _predictions(answered: Answered) -> bytes:
+    """Every answer of every model as one Parquet table."""
+
+    def row(model: str, test_set: str, answer: Answer) -> dict[str, Any]:
+        return {
+            "model": model,
+            "test_set": test_set,
+            "id": answer.id,
+            "picture": answer.picture,
+            "question": answer.question,
+            "reference": answer.reference,
+            "answer": answer.answer,
+            "answer_type": answer.answer_type,
+            "correct": answer.correct,
+        }
+
+    rows = [row(model, name, answer) for (model, name), part in answered.items() for answer in part.answers]
+    buffer = BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def plan(config: RunConfig) -> list[str]:
+    """One line an artefact: what would be done."""
+    try:
+        artifact = plan_evaluation(config, evaluated_models(config))
+    except ArtifactError as error:
+        return [f"evaluation: waits for earlier stages ({error})"]
+    state = "finished, kept" if artifact.finished else "to be written"
+    return [f"evaluation: {state} ({artifact.storage.uri})", *plan_report(config)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("Evaluate the teacher and the students of a run and write the report.", evaluate, argv, plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

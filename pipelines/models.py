@@ -1,0 +1,73 @@
+"""Which model directories a finished run holds: the teacher and the last stage of every student. Loads nothing."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsight.artifacts import RunDirectory, digest
+from sparsight.config import HuggingFaceTeacherConfig, RunConfig
+from sparsight.errors import ArtifactError, ConfigError
+from sparsight.evaluate.results import STUDENT, TEACHER
+from sparsight.observe import say
+from sparsight.storage import Storage, open_storage
+
+MODEL_KEY = "model"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model lies. `name` is its role in figures, `label` what the configuration calls it."""
+
+    name: str
+    label: str
+    storage: Storage
+    key: str
+    fingerprint: str
+
+    @property
+    def uri(self) -> str:
+        return f"{self.storage.uri}/{self.key}" if self.key else self.storage.uri
+
+    def fetch(self) -> Path:
+        """The model directory on this machine."""
+        return self.storage.fetch(self.key)
+
+
+def evaluated_models(config: RunConfig) -> list[ModelSource]:
+    """The teacher, where it is of the students' architecture, and the students, the first one as `student`.
+
+    Raises `ArtifactError` where one is not finished, `ConfigError` where a student has the name of a role.
+    """
+    run = RunDirectory(config.run_dir)
+    teacher = _teacher(config, run)
+    models = [teacher] if teacher is not None else []
+    for index, student in enumerate(config.distill.students):
+        name = STUDENT if index == 0 else student.name
+        if index and name in (STUDENT, TEACHER):
+            raise ConfigError(f"distill.students.{index}: the name '{name}' is a role in the report; choose another")
+        storage, manifest = run.finished(f"students/{student.name}/{student.stages[-1].name}", "model")
+        models.append(ModelSource(name, student.name, storage, MODEL_KEY, manifest.fingerprint))
+    return models
+
+
+def exported_student(config: RunConfig) -> ModelSource:
+    """The student that is exported and served: the configuration's first, after its last stage."""
+    student = config.distill.students[0]
+    storage, manifest = RunDirectory(config.run_dir).finished(
+        f"students/{student.name}/{student.stages[-1].name}", "model"
+    )
+    return ModelSource(STUDENT, student.name, storage, MODEL_KEY, manifest.fingerprint)
+
+
+def _teacher(config: RunConfig, run: RunDirectory) -> ModelSource | None:
+    if not isinstance(config.teacher, HuggingFaceTeacherConfig):
+        storage, manifest = run.finished("teacher", "model")
+        return ModelSource(TEACHER, "teacher", storage, MODEL_KEY, manifest.fingerprint)
+    storage = open_storage(config.teacher.path)
+    if not storage.exists("config.json"):
+        raise ArtifactError(f"'{storage.uri}' holds no model (config.json is missing): correct teacher.path")
+    settings = storage.read_bytes("config.json")
+    if json.loads(settings).get("model_type") != "llava_onevision":
+        say(f"the teacher '{config.teacher.path}' is not a LLaVA-OneVision model: it labels, but is not evaluated")
+        return None
+    return ModelSource(TEACHER, config.teacher.path, storage, "", digest(settings.decode()))

@@ -1,0 +1,138 @@
+"""Gathers what a run's artefacts say into the artefact `report`: report.md, report.json and plots.
+
+Called by `pipelines.evaluate` when the evaluation is there; measures nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.times import read_times
+from sparsight.artifacts import MANIFEST, Artifact, Manifest, RunDirectory, code_revision, read_manifest
+from sparsight.config import RunConfig
+from sparsight.errors import ArtifactError
+from sparsight.evaluate.machine import describe_machine
+from sparsight.evaluate.page import render
+from sparsight.evaluate.plots import Curve, accuracy_bars, expert_load, training_curves
+from sparsight.evaluate.report import ArtifactRow, Report
+from sparsight.evaluate.results import Evaluation
+from sparsight.observe import read_metrics, say
+from sparsight.storage import Storage
+
+ARTIFACT, KIND, VERSION = "report", "report", 1
+METRICS = "metrics.jsonl"
+CURVES = ("cross_entropy", "forward_kl")
+"""Terms that are drawn; a stage without them shows its `loss`."""
+
+
+def write_report(config: RunConfig) -> None:
+    """Write the artefact `report`; a finished one is left alone. Raises `ArtifactError` without an evaluation."""
+    run = RunDirectory(config.run_dir)
+    evaluated, manifest = run.finished("evaluation", "evaluation")
+    artifact = _artifact(config, manifest)
+    if artifact.finished is not None:
+        return
+    artifact.begin()
+    evaluation = Evaluation.model_validate_json(evaluated.read_bytes("evaluation.json"))
+    pictures = _draw(run, evaluation)
+    for name, (_, data) in pictures.items():
+        artifact.storage.write_bytes(name, data)
+    captions = [(name, caption) for name, (caption, _) in pictures.items()]
+    report = gather(run, evaluation, manifest, captions)
+    artifact.storage.write_bytes("report.json", report.to_json())
+    artifact.storage.write_bytes("report.md", render(report).encode())
+    artifact.commit(figures=report.figures)
+    say(f"report: {artifact.storage.uri}/report.md")
+
+
+def read_evaluation(config: RunConfig) -> Evaluation:
+    """The finished evaluation of a run."""
+    storage, _ = RunDirectory(config.run_dir).finished("evaluation", "evaluation")
+    return Evaluation.model_validate_json(storage.read_bytes("evaluation.json"))
+
+
+def plan_report(config: RunConfig) -> list[str]:
+    """One line: what would be done."""
+    try:
+        _, manifest = RunDirectory(config.run_dir).finished("evaluation", "evaluation")
+    except ArtifactError:
+        return ["report: waits for the evaluation"]
+    artifact = _artifact(config, manifest)
+    return [f"report: {'finished, kept' if artifact.finished else 'to be written'} ({artifact.storage.uri})"]
+
+
+def _artifact(config: RunConfig, evaluation: Manifest) -> Artifact:
+    run = RunDirectory(config.run_dir)
+    inputs = {name: manifest.fingerprint for name, manifest in _manifests(run.storage).items()}
+    return run.artifact(ARTIFACT, KIND, VERSION, {}, inputs | {"evaluation": evaluation.fingerprint})
+
+
+def _manifests(storage: Storage) -> dict[str, Manifest]:
+    """Every finished artefact of a run but the report, by name."""
+    keys = [key for key in storage.keys("") if key.endswith(f"/{MANIFEST}")]
+    names = [key.removesuffix(f"/{MANIFEST}") for key in keys]
+    return {name: read_manifest(storage.child(name)) for name in names if name != ARTIFACT}
+
+
+def gather(run: RunDirectory, evaluation: Evaluation, manifest: Manifest, pictures: list[tuple[str, str]]) -> Report:
+    """The report object of a run, from its manifests."""
+    manifests = _manifests(run.storage)
+    rows = [
+        ArtifactRow(
+            name=name,
+            kind=found.kind,
+            counts=found.counts,
+            fingerprint=found.fingerprint,
+            code_revision=found.code_revision,
+        )
+        for name, found in manifests.items()
+    ]
+    signals = manifests["signals"].figures if "signals" in manifests else {}
+    times = read_times(run.storage) | {"evaluate": round(manifest.figures.get("wall_s", 0.0), 1)}
+    return Report(
+        evaluation=evaluation,
+        artifacts=rows,
+        stage_seconds=times,
+        store_figures={name: signals[name] for name in ("signal_bytes_per_token",) if name in signals},
+        export=_verdicts(manifests["export"].details) if "export" in manifests else {},
+        machine=describe_machine(),
+        revision=code_revision(),
+        pictures=pictures,
+    )
+
+
+def _verdicts(details: Mapping[str, Any]) -> dict[str, str]:
+    return {str(reader): str(verdict) for reader, verdict in details.get("verified", {}).items()}
+
+
+def _draw(run: RunDirectory, evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
+    """Caption and PNG of every plot, by file name."""
+    pictures: dict[str, tuple[str, bytes]] = {}
+    for test_set in evaluation.baselines:
+        caption = f"Accuracy on {test_set}"
+        pictures[f"accuracy_{test_set}.png"] = (caption, accuracy_bars(evaluation, test_set))
+    curves = _curves(run)
+    if curves:
+        pictures["training.png"] = ("Training curves", training_curves(curves))
+    for name, model in evaluation.models.items():
+        load = model.expert_load.get(evaluation.headline_set, {})
+        if load:
+            title = f"Expert load of {name} on {evaluation.headline_set}"
+            pictures[f"experts_{name}.png"] = (title, expert_load(load, title))
+    return pictures
+
+
+def _curves(run: RunDirectory) -> dict[str, dict[str, Curve]]:
+    """What each stage minimised, by stage: the teacher's first, then the students'."""
+    found: dict[str, dict[str, Curve]] = {}
+    for folder in ("teacher", "students"):
+        for key in run.storage.keys(folder):
+            if key.endswith(f"/{METRICS}"):
+                rows = read_metrics(run.storage.fetch(key))
+                stage = key.removesuffix(f"/{METRICS}").removeprefix("students/")
+                curves = {name: _curve(rows, name) for name in CURVES if any(name in row for row in rows)}
+                found[stage] = curves or {"loss": _curve(rows, "loss")}
+    return {stage: curves for stage, curves in found.items() if any(curves.values())}
+
+
+def _curve(rows: list[dict[str, Any]], name: str) -> Curve:
+    return [(row["step"], row[name]) for row in rows if name in row]

@@ -1,0 +1,161 @@
+"""`report.md`: a `Report` in words and tables for a reader. Every number is read from the report object."""
+
+from collections.abc import Iterable, Sequence
+
+from sparsight.evaluate.report import Report
+from sparsight.evaluate.results import TEACHER, Evaluation
+from sparsight.evaluate.scores import Share
+
+PROTOCOL = """\
+Each test question was asked alone, in a single-turn chat with its picture, and answered greedily; an answer is right
+when it equals the reference up to case and white space. Intervals are 95 %, over pictures. Majority: the most
+frequent training answer, in columns of an answer type the most frequent answer of that type. The protocol is
+docs/protocol.md of the source tree."""
+
+
+def render(report: Report) -> str:
+    """The whole page as Markdown; pictures are referred to by file name, beside the page."""
+    evaluation = report.evaluation
+    sections = [
+        f"# Report of a run\n\n{_opening(report)}",
+        f"## Result on {evaluation.headline_set}\n\n{_headline(evaluation)}",
+        f"## Goals\n\n{_goals(report)}",
+        f"## How it was measured\n\n{PROTOCOL}",
+        *(f"## By answer type: {name}\n\n{_by_type(evaluation, name)}" for name in evaluation.baselines),
+        f"## Agreement with the teacher\n\n{_agreement(evaluation)}",
+        f"## Size and speed\n\n{_size_and_speed(report)}",
+        *(f"## {caption}\n\n![{caption}]({name})" for name, caption in report.pictures),
+        f"## Stored signals and export\n\n{_stores(report)}",
+        f"## Row accounting\n\n{_artifacts(report)}",
+        f"## Wall time\n\n{_times(report)}",
+        f"## Where\n\n- machine: {report.machine}\n- code: {report.revision}\n- figures as data: report.json",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def headline_table(evaluation: Evaluation) -> str:
+    """The accuracies that a run is about, as plain text for a terminal."""
+    rows = [(name, model.sets[evaluation.headline_set].accuracy) for name, model in evaluation.models.items()]
+    rows.append(("majority", evaluation.baselines[evaluation.headline_set].majority))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {_percent(value)}" for name, value in rows)
+
+
+def _opening(report: Report) -> str:
+    names = [name for name in report.evaluation.models if name != TEACHER]
+    teacher = "the teacher, " if TEACHER in report.evaluation.models else ""
+    sets = " and ".join(report.evaluation.baselines)
+    return f"Compared: {teacher}{', '.join(names)}, and answers given without a picture. Test sets: {sets}."
+
+
+def _headline(evaluation: Evaluation) -> str:
+    name = evaluation.headline_set
+    baseline = evaluation.baselines[name]
+    rows = [
+        [model, _percent(result.sets[name].accuracy), f"{result.sets[name].accuracy.count:,}"]
+        for model, result in evaluation.models.items()
+    ]
+    blind = {
+        f"majority answer ('{baseline.majority_answer}')": baseline.majority,
+        "majority answer of the question's type": baseline.type_majority,
+        "best answer to the question's text alone": baseline.question_only,
+    }
+    rows += [[label, _percent(value), f"{value.count:,}"] for label, value in blind.items()]
+    return _table(["", "accuracy [95 %]", "questions"], rows)
+
+
+def _goals(report: Report) -> str:
+    lines = [f"- **{'met' if v.met else 'missed'}**: {v.goal}: {v.measured}" for v in report.verdicts]
+    return "\n".join(lines) or "No goal can be judged from this run."
+
+
+def _by_type(evaluation: Evaluation, test_set: str) -> str:
+    baseline = evaluation.baselines[test_set]
+    kinds = list(baseline.majority_by_type)
+    counts = {kind: baseline.majority_by_type[kind].count for kind in kinds}
+    rows = [
+        [
+            name,
+            _percent(model.sets[test_set].accuracy),
+            *(_percent(model.sets[test_set].by_type[kind]) for kind in kinds),
+        ]
+        for name, model in evaluation.models.items()
+    ]
+    majority = [f"{baseline.majority_by_type[kind].value:.1%}" for kind in kinds]
+    rows.append(["majority", f"{baseline.majority.value:.1%}", *majority])
+    head = [
+        "",
+        f"all ({baseline.majority.count:,})",
+        *(f"{kind.replace('_', '/')} ({counts[kind]:,})" for kind in kinds),
+    ]
+    return _table(head, rows)
+
+
+def _agreement(evaluation: Evaluation) -> str:
+    rows = [
+        [name, test_set, f"{found.kl_nats:.4f}", f"{found.top1:.1%}", f"{found.positions:,}"]
+        for name, model in evaluation.models.items()
+        for test_set, result in model.sets.items()
+        if (found := result.agreement) is not None
+    ]
+    if not rows:
+        return "Not measured: the teacher is not of the students' architecture."
+    return _table(["", "test set", "KL(teacher ‖ student), nats", "same first token", "answer positions"], rows)
+
+
+def _size_and_speed(report: Report) -> str:
+    models = report.evaluation.models
+    batches = list(next(iter(models.values())).tokens_per_s)
+    head = ["", "activated parameters", "total parameters", *(f"tokens/s, batch {batch}" for batch in batches)]
+    rows = [
+        [
+            name,
+            f"{model.activated_parameters:,}",
+            f"{model.total_parameters:,}",
+            *(_speed(report, name, model.tokens_per_s[batch], batch) for batch in batches),
+        ]
+        for name, model in models.items()
+    ]
+    return _table(head, rows) + "\n\nDecoding after the prompt; all models in turns in one process, medians."
+
+
+def _speed(report: Report, name: str, value: float, batch: int) -> str:
+    ratio = report.figures.get(f"{name}_speed_vs_teacher_batch_{batch}")
+    return f"{value:,.0f}" + (f" ({ratio:.2f} × teacher)" if ratio is not None else "")
+
+
+def _stores(report: Report) -> str:
+    lines = [f"- {name.replace('_', ' ')}: {value:,.2f}" for name, value in report.store_figures.items()]
+    lines += [f"- export, {reader}: {verdict}" for reader, verdict in report.export.items()]
+    return "\n".join(lines) or "None in this run."
+
+
+def _artifacts(report: Report) -> str:
+    rows = [
+        [
+            f"`{row.name}`",
+            row.kind,
+            ", ".join(f"{name} {value:,}" for name, value in row.counts.items()) or "-",
+            f"`{row.fingerprint}`",
+            row.code_revision,
+        ]
+        for row in report.artifacts
+    ]
+    return _table(["artefact", "kind", "counts", "fingerprint", "code"], rows)
+
+
+def _times(report: Report) -> str:
+    if not report.stage_seconds:
+        return "Not recorded."
+    rows = [[stage, f"{seconds:,.1f}"] for stage, seconds in report.stage_seconds.items()]
+    rows.append(["together", f"{sum(report.stage_seconds.values()):,.1f}"])
+    return _table(["stage", "seconds"], rows)
+
+
+def _percent(share: Share) -> str:
+    return f"{share.value:.2%} [{share.low:.2%}, {share.high:.2%}]"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,127 @@
+"""The report's pictures: accuracy bars with intervals, training curves, expert load. PNG bytes out, nothing shown.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; sizes fit a page as wide as a README. Figures
+are built without pyplot, so that no state outlives a call.
+"""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sparsight.evaluate.results import BaselineResult, Evaluation
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+NEUTRAL = "#8c8c8c"
+WIDTH_IN, DPI = 8.4, 110
+
+Curve = Sequence[tuple[float, float]]
+"""(step, value) pairs."""
+
+
+def accuracy_bars(evaluation: Evaluation, test_set: str) -> bytes:
+    """Accuracy of every model on a test set, overall and by answer type, with 95 % intervals and the majority."""
+    kinds = ["all", *next(iter(evaluation.models.values())).sets[test_set].by_type]
+    figure, axes = _figure(3.6)
+    bars = len(evaluation.models) + 1
+    width = 0.8 / bars
+    for index, (name, model) in enumerate(evaluation.models.items()):
+        result = model.sets[test_set]
+        shares = [result.accuracy, *(result.by_type[kind] for kind in kinds[1:])]
+        values = [share.value for share in shares]
+        errors = [[share.value - share.low for share in shares], [share.high - share.value for share in shares]]
+        places = [place + (index - (bars - 1) / 2) * width for place in range(len(kinds))]
+        drawn = axes.bar(places, values, width, color=COLOURS[index % len(COLOURS)], label=name)
+        axes.errorbar(places, values, yerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        axes.bar_label(drawn, labels=[f"{value:.2f}" for value in values], fontsize=7, padding=5)
+    _majority_bars(axes, evaluation.baselines[test_set], kinds, width, bars)
+    axes.set_xticks(range(len(kinds)), [kind.replace("_", "/") for kind in kinds])
+    axes.set_ylim(0, 1.12)
+    axes.set_ylabel("accuracy (share of questions)")
+    axes.set_xlabel("answer type")
+    axes.set_title(f"Test set {test_set}: accuracy with 95 % intervals", fontsize=11)
+    axes.legend(ncols=bars, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    return _png(figure)
+
+
+def _majority_bars(axes: Any, baseline: BaselineResult, kinds: Sequence[str], width: float, bars: int) -> None:
+    shares = [baseline.majority, *(baseline.majority_by_type[kind] for kind in kinds[1:])]
+    places = [place + (bars - 1) / 2 * width for place in range(len(kinds))]
+    values = [share.value for share in shares]
+    drawn = axes.bar(places, values, width, color="white", edgecolor=NEUTRAL, hatch="///", label="majority answer")
+    axes.bar_label(drawn, labels=[f"{value:.2f}" for value in values], fontsize=7, padding=2)
+
+
+def training_curves(stages: Mapping[str, Mapping[str, Curve]]) -> bytes:
+    """One panel a stage: what it minimised, against optimiser steps. Noisy curves are drawn with a running mean."""
+    columns = min(3, max(1, len(stages)))
+    rows = max(1, -(-len(stages) // columns))
+    figure = Figure(figsize=(WIDTH_IN, 2.5 * rows), dpi=DPI, layout="constrained")
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
+    names = sorted({name for curves in stages.values() for name in curves})
+    colour_of = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+    for axes, (stage, curves) in zip(grid.flat, stages.items(), strict=False):
+        for name, curve in curves.items():
+            steps, values = [step for step, _ in curve], [value for _, value in curve]
+            axes.plot(steps, values, color=colour_of[name], linewidth=0.6, alpha=0.3)
+            axes.plot(steps, _running_mean(values), color=colour_of[name], linewidth=1.4, label=name.replace("_", " "))
+        axes.set_title(stage, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+        if any(value > 0 for curve in curves.values() for _, value in curve):
+            axes.set_yscale("log")
+        axes.legend(fontsize=7, frameon=False)
+    for axes in list(grid.flat)[len(stages) :]:
+        axes.set_axis_off()
+    figure.supxlabel("optimiser step", fontsize=9)
+    figure.supylabel("loss (nats a token, logarithmic)", fontsize=9)
+    return _png(figure)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a twentieth of the curve."""
+    keep = 1.0 - 1.0 / max(1.0, len(values) / 20.0)
+    mean, means = values[0] if values else 0.0, list[float]()
+    for value in values:
+        mean = keep * mean + (1.0 - keep) * value
+        means.append(mean)
+    return means
+
+
+def expert_load(load: Mapping[int, Mapping[str, Sequence[float]]], title: str) -> bytes:
+    """A table of colours a sparse layer: share of routing decisions by group of tokens and expert."""
+    groups = list(next(iter(load.values())))
+    figure = Figure(figsize=(WIDTH_IN, 1.2 + 0.36 * len(groups)), dpi=DPI, layout="constrained")
+    grid: Any = figure.subplots(1, len(load), squeeze=False)
+    image: Any = None
+    for axes, (layer, shares) in zip(grid.flat, load.items(), strict=True):
+        table = [list(shares[group]) for group in groups]
+        image = axes.imshow(table, vmin=0.0, vmax=1.0, cmap="cividis", aspect="auto")
+        for row, values in enumerate(table):
+            for column, value in enumerate(values):
+                colour = "black" if value > 0.5 else "white"
+                axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=8)
+        axes.set_title(f"text layer {layer}", fontsize=9)
+        axes.set_xticks(range(len(table[0])), [str(expert) for expert in range(len(table[0]))])
+        axes.set_xlabel("expert")
+        first = axes is grid.flat[0]
+        axes.set_yticks(range(len(groups)), [group.replace("_", "/") for group in groups] if first else [])
+        axes.tick_params(labelsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.colorbar(image, ax=list(grid.flat), label="share of routing decisions", shrink=0.9)
+    return _png(figure)
+
+
+def _figure(height_in: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, layout="constrained")
+    axes: Any = figure.subplots()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
