@@ -75,7 +75,6 @@ def prepare(config: RunConfig) -> None:
         say("prepare: nothing to do, all samples are there")
         return
     scratch = RunDirectory(config.run_dir).storage.child(SCRATCH)
-    scratch.delete("")
     imported = import_training_rows(config, scratch)
     deal = deal_pictures(config, imported)
     for name, artifact in artifacts.items():
