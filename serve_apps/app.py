@@ -1,0 +1,93 @@
+"""The service as one Ray Serve application: an OpenAI-compatible endpoint for the student, next to streams.
+
+`build` makes it from typed arguments (`serve run serve_apps.app:build model=…`, or a Serve config file), `main` runs it
+on this machine: `python -m serve_apps.app --config configs/tiny.yaml` or `--model EXPORT`. Computes nothing itself.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.deployment import Application
+
+from actors.runtime import connect
+from serve_apps.ingress import Ingress
+from serve_apps.settings import ServiceSettings, check_export
+from serve_apps.stream_app import StreamReplica, bank_actor
+from serve_apps.student_app import StudentReplica
+from sparsight.config import ServeConfig, load
+from sparsight.errors import ConfigError, SparsightError
+from sparsight.observe import say
+
+INGRESS_REQUESTS = 256
+"""Requests that one ingress replica has in hand; those beyond what the models take are refused from there."""
+STREAM_REQUESTS = 16
+
+
+def build(args: ServiceSettings) -> Application:
+    """The application. Raises `ArtifactError` when the export is not finished."""
+    check_export(args.model)
+    config = args.serve
+    model_options: dict[str, Any] = {
+        "max_queued_requests": config.max_queued_requests,
+        "ray_actor_options": {"num_cpus": config.threads},
+    }
+    student = _deployment(StudentReplica, max_ongoing_requests=2 * config.batch_requests, **model_options)
+    streams = _deployment(
+        StreamReplica, max_ongoing_requests=STREAM_REQUESTS, deployment_actors=[bank_actor(args)], **model_options
+    )
+    http: Any = serve.ingress()
+    ingress = _deployment(http(Ingress), max_ongoing_requests=INGRESS_REQUESTS, ray_actor_options={"num_cpus": 0})
+    return ingress.bind(args, int(time.time()), student.bind(args), streams.bind(args))
+
+
+def _deployment(replica: Any, **options: Any) -> Any:
+    deployment: Any = serve.deployment
+    return deployment(name=replica.__name__, **options)(replica)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Serve a finished export over HTTP until interrupted.")
+    parser.add_argument("--config", help="the YAML file of a run, whose export and serve settings are used")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides")
+    parser.add_argument("--model", help="a finished export: a folder or s3:// URI; overrides the run's own")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = _settings(arguments.config, arguments.overrides, arguments.model)
+        application = build(settings)
+    except SparsightError as error:
+        say(f"error: {error}")
+        return 2
+    connect()
+    run(application, settings.serve)
+    say(f"serving {settings.model} at http://{settings.serve.host}:{settings.serve.port}/v1 (Ctrl-C stops it)")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        serve.shutdown()
+    return 0
+
+
+def run(application: Application, config: ServeConfig) -> None:
+    """Deploy on the connected cluster and wait until requests are answered."""
+    serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
+    serve.run(application, name="sparsight", route_prefix="/")
+
+
+def _settings(config_path: str | None, overrides: Sequence[str], model: str | None) -> ServiceSettings:
+    if config_path is None:
+        if model is None or overrides:
+            raise ConfigError("give --config FILE (with --set as needed), or --model EXPORT alone")
+        return ServiceSettings(model=model)
+    config = load(config_path, overrides)
+    name = config.distill.students[0].name
+    return ServiceSettings(model=model or f"{config.run_dir.rstrip('/')}/export", name=name, serve=config.serve)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
