@@ -1,0 +1,68 @@
+"""What every pipeline does before it uses the cluster: connect, and ask for what a stage needs before it waits for it.
+
+The connection itself is `actors.runtime`, shared with serving. Nothing here knows what the resources are used for.
+"""
+
+import logging
+import os
+import time
+
+import ray
+from ray.data import DataContext
+
+from actors import runtime
+from sparsight.config import ResourcesConfig
+from sparsight.errors import SparsightError
+
+_POLL_S = 0.5
+
+
+def connect(resources: ResourcesConfig) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine; once connected, do nothing.
+
+    Raises `SparsightError` if the named cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; without it, it warns
+    try:
+        runtime.connect(resources.num_cpus)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        if address is None:
+            raise
+        raise SparsightError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start it, or unset RAY_ADDRESS to run here"
+        ) from error
+    _quiet_data()
+
+
+def require(cpus: float, gpus: float = 0.0, timeout_s: float = 300.0, what: str = "this stage") -> None:
+    """Wait until the cluster as a whole has so many CPUs and GPUs.
+
+    Raises `SparsightError` naming what is missing after `timeout_s`: a cluster that grows gets that long, a fixed
+    one that is too small would otherwise leave the stage waiting for ever.
+    """
+    wanted = {"CPU": cpus, "GPU": gpus}
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        offered = ray.cluster_resources()
+        missing = {name: amount for name, amount in wanted.items() if offered.get(name, 0.0) < amount}
+        if not missing:
+            return
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0.0:
+            lacks = " and ".join(
+                f"{amount:g} {name} (the cluster has {offered.get(name, 0.0):g})" for name, amount in missing.items()
+            )
+            raise SparsightError(
+                f"{what} needs {lacks}: add machines, raise resources.num_cpus, or ask for less under `resources`"
+            )
+        time.sleep(min(_POLL_S, left_s))
+
+
+def _quiet_data() -> None:
+    """The pipelines show their own progress; Ray Data's bars and plans would drown it."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)

@@ -1,0 +1,195 @@
+"""From samples to signals: what every teacher does in the same way.
+
+Pictures are opened safely, withheld answers written, conversations encoded, sequences of similar length forwarded
+together, and the head evaluated at the positions that predict response tokens only. A row that cannot be labelled
+becomes a `Quarantined` with its reason. The model itself is behind `TeacherModel`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from sparsight.errors import DataError
+from sparsight.media.images import decode
+from sparsight.records import Quarantined, Sample, TeacherSignal, Turn, hash_response
+from sparsight.teacher.protocol import SignalSettings
+from sparsight.teacher.targets import cut, tail_uniforms, targets_of_hidden
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class OpenSample:
+    """A sample with its pictures decoded. `place` is its index among the samples given."""
+
+    place: int
+    sample: Sample
+    pictures: tuple[Image.Image, ...]
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """The token ids of a whole conversation, visual tokens included, and where its answers stand.
+
+    `response_positions_n` are the positions of all answer tokens with their end-of-turn tokens; the hidden state one
+    position earlier predicts each. `inputs` is whatever else the model needs for this row.
+    """
+
+    place: int
+    input_ids: list[int]
+    response_positions_n: npt.NDArray[np.int64]
+    answer_lengths: tuple[int, ...]
+    visual_tokens: int
+    inputs: Any
+
+
+class TeacherModel(Protocol):
+    """What the flow needs of a model."""
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    def look(self, rows: Sequence[OpenSample]) -> list[Any]:
+        """What the model keeps of each row's pictures, to answer and encode with."""
+        ...
+
+    def answer(self, rows: Sequence[OpenSample], seen: Sequence[Any], max_tokens: int) -> list[tuple[str, ...]]:
+        """The answers of each row, written greedily where they are None, else as given."""
+        ...
+
+    def encode(self, row: OpenSample, seen: Any) -> EncodedSample:
+        """Ids of a row whose answers are all present. Raises `DataError` if they cannot be made."""
+        ...
+
+    def response_hidden(self, rows: Sequence[EncodedSample]) -> torch.Tensor:
+        """Hidden states [n, D] that predict the response tokens of all rows, in order, in one forward pass."""
+        ...
+
+    def head(self, hidden_nD: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V]."""
+        ...
+
+
+@torch.inference_mode()
+def label_samples(
+    model: TeacherModel, settings: SignalSettings, samples: Sequence[Sample]
+) -> list[TeacherSignal | Quarantined]:
+    """One signal or quarantined row a sample, in order."""
+    results: list[TeacherSignal | Quarantined | None] = [None] * len(samples)
+    rows: list[OpenSample] = []
+    for place, sample in enumerate(samples):
+        opened = _open(place, sample, settings)
+        if isinstance(opened, Quarantined):
+            results[place] = opened
+        else:
+            rows.append(opened)
+    size = settings.label.batch_samples
+    encoded: list[EncodedSample] = []
+    for batch in _batches(rows, size, _text_size):
+        seen = model.look(batch)
+        for row, view in zip(_answered(model, batch, seen, settings), seen, strict=True):
+            sequence = _encode(model, row, view)
+            if isinstance(sequence, Quarantined):
+                results[row.place] = sequence
+            else:
+                encoded.append(sequence)
+    for batch in _batches(encoded, size, lambda row: len(row.input_ids)):
+        for row, signal in zip(batch, _signals(model, settings, batch, samples), strict=True):
+            results[row.place] = signal
+    assert all(result is not None for result in results)
+    return [result for result in results if result is not None]
+
+
+def _open(place: int, sample: Sample, settings: SignalSettings) -> OpenSample | Quarantined:
+    if not sample.frames or not sample.turns:
+        return Quarantined(sample.id, sample.source, "the sample has no picture or no question")
+    try:
+        pictures = tuple(
+            decode(frame, settings.max_picture_bytes, settings.max_picture_pixels) for frame in sample.frames
+        )
+    except DataError as error:
+        return Quarantined(sample.id, sample.source, str(error))
+    return OpenSample(place, sample, pictures)
+
+
+def _answered(
+    model: TeacherModel, batch: Sequence[OpenSample], seen: Sequence[Any], settings: SignalSettings
+) -> list[OpenSample]:
+    """The rows with the answers that were withheld filled in."""
+    rows = list(batch)
+    open_places = [index for index, row in enumerate(rows) if not row.sample.has_ground_truth]
+    if not open_places:
+        return rows
+    withheld = [rows[index] for index in open_places]
+    answers = model.answer(withheld, [seen[index] for index in open_places], settings.label.max_answer_tokens)
+    for index, row, texts in zip(open_places, withheld, answers, strict=True):
+        turns = tuple(
+            Turn(turn.question, text, turn.answer_type) for turn, text in zip(row.sample.turns, texts, strict=True)
+        )
+        rows[index] = replace(row, sample=replace(row.sample, turns=turns))
+    return rows
+
+
+def _encode(model: TeacherModel, row: OpenSample, seen: Any) -> EncodedSample | Quarantined:
+    try:
+        encoded = model.encode(row, seen)
+    except DataError as error:
+        return Quarantined(row.sample.id, row.sample.source, str(error))
+    length = len(encoded.input_ids)
+    if length > model.max_positions:
+        reason = f"the conversation takes {length} tokens, the teacher reads at most {model.max_positions}: cut it"
+        return Quarantined(row.sample.id, row.sample.source, reason)
+    return encoded
+
+
+def _signals(
+    model: TeacherModel, settings: SignalSettings, batch: Sequence[EncodedSample], samples: Sequence[Sample]
+) -> Iterator[TeacherSignal]:
+    """One forward pass; then each row's share of the targets."""
+    hidden_nD = model.response_hidden(batch)
+    ids = [np.asarray(row.input_ids, dtype=np.int32)[row.response_positions_n] for row in batch]
+    tail = settings.label.tail_samples
+    uniforms = [
+        tail_uniforms(settings.seed, samples[row.place].id, len(response), tail)
+        for row, response in zip(batch, ids, strict=True)
+    ]
+    targets, label_logprobs_n = targets_of_hidden(
+        hidden_nD, model.head, model.vocabulary, np.concatenate(ids), settings.label.head, np.concatenate(uniforms)
+    )
+    start = 0
+    for row, response in zip(batch, ids, strict=True):
+        end = start + len(response)
+        sample = samples[row.place]
+        yield TeacherSignal(
+            id=sample.id,
+            content_hash=sample.content_hash,
+            response_ids_n=response,
+            answer_lengths=row.answer_lengths,
+            answered_by_teacher=tuple(turn.answer is None for turn in sample.turns),
+            label_logprobs_n=label_logprobs_n[start:end],
+            targets=cut(targets, start, end),
+            visual_tokens=row.visual_tokens,
+            response_hash=hash_response(response),
+        )
+        start = end
+
+
+def _text_size(row: OpenSample) -> tuple[int, int, int]:
+    """Orders rows so that neighbours take about as many steps: turns, then frames, then characters."""
+    turns = row.sample.turns
+    return len(turns), len(row.pictures), sum(len(turn.question) + len(turn.answer or "") for turn in turns)
+
+
+def _batches(items: Sequence[Item], size: int, key: Callable[[Item], Any]) -> Iterator[list[Item]]:
+    """Items of similar size together, so that little of a batch is padding."""
+    ordered = sorted(items, key=key)
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]

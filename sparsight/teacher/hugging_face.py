@@ -1,0 +1,256 @@
+"""The teacher on any transformers image-text-to-text directory: its own processor, prompt and generation.
+
+Pictures go in as images. The conversation is rendered once by the model's chat template with marks where answers
+stand, and the text between marks is tokenized piece by piece, so that an answer's tokens are those its text gives
+on its own: what a student's tokenizer must agree with. Hidden states come from the model under the head, logits from
+its output embeddings on chosen positions. Used through `load.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from sparsight.errors import CheckpointError, DataError
+from sparsight.media.chat import ChatEncoder
+from sparsight.records import Quarantined, Sample, TeacherSignal, Turn
+from sparsight.teacher.flow import EncodedSample, OpenSample, label_samples
+from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
+
+_MARK = "\ue000"
+_TOLERANCE = 1e-2
+
+
+class HfTeacher:
+    """Labels with a stock image-text-to-text model."""
+
+    def __init__(self, model: Any, processor: Any, identity: TeacherIdentity, settings: SignalSettings) -> None:
+        self.identity = identity
+        self.settings = settings
+        self._model = ImageTextModel(model, processor)
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        identity: TeacherIdentity,
+        settings: SignalSettings,
+        dtype: str = "auto",
+        attention: str | None = None,
+        device: str = "cpu",
+    ) -> "HfTeacher":
+        """Read a model directory. Raises `CheckpointError` if it is incomplete or cannot be labelled with."""
+        kernels = {"attn_implementation": attention} if attention else {}
+        try:
+            processor: Any = AutoProcessor.from_pretrained(directory)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                directory, dtype=dtype, output_loading_info=True, **kernels
+            )
+        except ImportError as error:
+            raise CheckpointError(
+                f"the processor of '{directory}' needs a package that is not installed: install torchvision "
+                f"({str(error).strip().splitlines()[0]})"
+            ) from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"cannot load an image-text-to-text model from '{directory}': {error}") from error
+        model, info = loaded
+        if info["missing_keys"]:
+            raise CheckpointError(f"'{directory}' lacks weights: {sorted(info['missing_keys'])[:5]}")
+        return cls(model.to(device).eval(), processor, identity, settings)
+
+    def label(self, samples: Sequence[Sample]) -> list[TeacherSignal | Quarantined]:
+        return label_samples(self._model, self.settings, samples)
+
+
+def visual_token_of(config: Any, tokenizer: Any) -> str:
+    """The token that stands for one visual position of an image. Raises `CheckpointError` if the config names none."""
+    for name in ("image_token_id", "image_token_index"):
+        token_id = getattr(config, name, None)
+        if token_id is not None:
+            return str(tokenizer.convert_ids_to_tokens(int(token_id)))
+    raise CheckpointError(f"the config of a '{config.model_type}' model names no image token: it cannot be a teacher")
+
+
+@dataclass(frozen=True)
+class View:
+    """A row as the processor sees it: ids up to the first answer, the later pieces of text, and the picture tensors.
+
+    `extras` are further inputs with one value a token (such as token types); they are 0 for text that follows.
+    """
+
+    prefix_ids: list[int]
+    extras: dict[str, list[int]]
+    tensors: dict[str, torch.Tensor]
+    ends: tuple[str, ...]
+    rests: tuple[str, ...]
+
+
+class ImageTextModel:
+    """A transformers model and its processor as the labelling flow wants them (`flow.TeacherModel`)."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model = model
+        self.processor = processor
+        self.chat = ChatEncoder(processor.tokenizer, visual_token_of(model.config, processor.tokenizer))
+        text = model.config.get_text_config()
+        self.max_positions = int(text.max_position_embeddings)
+        self._head = model.get_output_embeddings()
+        self.vocabulary = int(self._head.weight.shape[0])
+        self._generation = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            pad_token_id=self.chat.pad_id,
+            eos_token_id=model.generation_config.eos_token_id or self.chat.end_id,
+        )
+        self._check()
+
+    def look(self, rows: Sequence[OpenSample]) -> list[View]:
+        return [self._view(row) for row in rows]
+
+    def answer(self, rows: Sequence[OpenSample], seen: Sequence[View], max_tokens: int) -> list[tuple[str, ...]]:
+        """Turn by turn: the rows whose answer is withheld generate together, the others go on with what is given."""
+        ids = [list(view.prefix_ids) for view in seen]
+        answers: list[list[str]] = [[] for _ in rows]
+        for turn in range(max(len(row.sample.turns) for row in rows)):
+            here = [index for index, row in enumerate(rows) if turn < len(row.sample.turns)]
+            withheld = [index for index in here if rows[index].sample.turns[turn].answer is None]
+            written = self._generate(
+                [ids[index] for index in withheld], [seen[index] for index in withheld], max_tokens
+            )
+            texts = dict(zip(withheld, written, strict=True))
+            for index in here:
+                text = texts.get(index) or rows[index].sample.turns[turn].answer or ""
+                answers[index].append(text)
+                ids[index] += self._tokenize(self.chat.plain(text) + seen[index].ends[turn])
+                ids[index] += self._tokenize(seen[index].rests[turn])
+        return [tuple(texts) for texts in answers]
+
+    def encode(self, row: OpenSample, seen: View) -> EncodedSample:
+        ids = list(seen.prefix_ids)
+        spans: list[tuple[int, int]] = []
+        for turn, end, rest in zip(row.sample.turns, seen.ends, seen.rests, strict=True):
+            assert turn.answer is not None
+            answer_ids = self._tokenize(self.chat.plain(turn.answer) + end)
+            spans.append((len(ids), len(ids) + len(answer_ids)))
+            ids += answer_ids + self._tokenize(rest)
+        positions_n = np.concatenate([np.arange(start, end) for start, end in spans])
+        lengths = tuple(end - start for start, end in spans)
+        return EncodedSample(row.place, ids, positions_n, lengths, ids.count(self.chat.visual_id), seen)
+
+    def response_hidden(self, rows: Sequence[EncodedSample]) -> torch.Tensor:
+        views: list[View] = [row.inputs for row in rows]
+        inputs = self._inputs([row.input_ids for row in rows], views, left=False)
+        hidden_BTD = self._hidden(inputs)
+        width = hidden_BTD.shape[1]
+        before_n = np.concatenate([index * width + row.response_positions_n - 1 for index, row in enumerate(rows)])
+        return hidden_BTD.flatten(0, 1)[torch.from_numpy(before_n).to(hidden_BTD.device)]
+
+    def head(self, hidden_nD: torch.Tensor) -> torch.Tensor:
+        return self._head(hidden_nD)
+
+    def _hidden(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+
+    def _view(self, row: OpenSample) -> View:
+        first, ends, rests = self._render(row.sample.turns, len(row.pictures))
+        tokenizer = self.processor.tokenizer
+        starts = tokenizer.bos_token is not None and first.startswith(tokenizer.bos_token)
+        encoded: dict[str, torch.Tensor] = dict(
+            self.processor(
+                text=[first], images=[list(row.pictures)], return_tensors="pt", add_special_tokens=not starts
+            )
+        )
+        shape = encoded["input_ids"].shape
+        prefix_ids: list[int] = encoded.pop("input_ids")[0].tolist()
+        encoded.pop("attention_mask", None)
+        names = [name for name, tensor in encoded.items() if tensor.shape == shape and not tensor.is_floating_point()]
+        extras: dict[str, list[int]] = {name: encoded.pop(name)[0].tolist() for name in names}
+        return View(prefix_ids, extras, encoded, ends, rests)
+
+    def _render(self, turns: Sequence[Turn], pictures: int) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        """The text before the first answer, and for each answer its end-of-turn token and the text after that."""
+        messages: list[dict[str, Any]] = []
+        for index, turn in enumerate(turns):
+            content: list[dict[str, str]] = [{"type": "image"}] * (0 if index else pictures)
+            content.append({"type": "text", "text": self.chat.plain(turn.question)})
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": _MARK}]})
+        text = str(self.processor.apply_chat_template(messages, tokenize=False))
+        first, *pieces = text.split(_MARK)
+        if len(pieces) != len(turns):
+            raise DataError("the teacher's chat template drops or repeats answers: it cannot be labelled with")
+        ends = tuple(self._end_of(piece) for piece in pieces)
+        return first, ends, tuple(piece[len(end) :] for piece, end in zip(pieces, ends, strict=True))
+
+    def _end_of(self, piece: str) -> str:
+        for token in sorted(map(str, self.processor.tokenizer.all_special_tokens), key=len, reverse=True):
+            if piece.startswith(token):
+                return token
+        raise DataError("the teacher's chat template closes an answer without an end-of-turn token")
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _generate(self, ids: Sequence[list[int]], views: Sequence[View], max_tokens: int) -> list[str]:
+        if not ids:
+            return []
+        inputs = self._inputs(ids, views, left=True)
+        written_BT = self.model.generate(**inputs, generation_config=self._generation, max_new_tokens=max_tokens)
+        return [self.chat.decode(row) for row in written_BT[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _inputs(self, ids: Sequence[list[int]], views: Sequence[View], left: bool) -> dict[str, torch.Tensor]:
+        """Padded ids, mask and further inputs of a batch, on the model's device."""
+        names = views[0].extras
+        rows = {"input_ids": list(ids), "attention_mask": [[1] * len(row) for row in ids]}
+        for name in names:
+            rows[name] = [
+                view.extras[name] + [0] * (len(row) - len(view.prefix_ids))
+                for row, view in zip(ids, views, strict=True)
+            ]
+        inputs = {
+            name: _pad(values, self.chat.pad_id if name == "input_ids" else 0, left) for name, values in rows.items()
+        }
+        for name in views[0].tensors:
+            inputs[name] = _join([view.tensors[name] for view in views])
+            if inputs[name].is_floating_point():
+                inputs[name] = inputs[name].to(self.model.dtype)
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        """The prompt can be cut, and output embeddings on hidden states give the model's own logits."""
+        try:
+            self._render([Turn("?", None), Turn("?", None)], pictures=1)
+        except DataError as error:
+            raise CheckpointError(str(error)) from error
+        ids = torch.tensor([self._tokenize("one two three") or [0]], device=self.model.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        own = self.model(**inputs).logits[0].float().log_softmax(dim=-1)
+        ours = self.head(self._hidden(inputs)[0]).float().log_softmax(dim=-1)
+        if not torch.allclose(own, ours, atol=_TOLERANCE, rtol=_TOLERANCE):
+            raise CheckpointError(
+                f"a '{self.model.config.model_type}' model changes its logits after the head: it cannot be a teacher"
+            )
+
+
+def _pad(rows: Sequence[list[int]], value: int, left: bool) -> torch.Tensor:
+    length = max(map(len, rows))
+    fills = [[value] * (length - len(row)) for row in rows]
+    return torch.tensor([fill + row if left else row + fill for fill, row in zip(fills, rows, strict=True)])
+
+
+def _join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows' tensors one after the other; other dimensions are filled with zeros where they differ."""
+    shapes = [tensor.shape[1:] for tensor in tensors]
+    largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    filled: list[torch.Tensor] = []
+    for tensor in tensors:
+        missing = [(0, size - have) for size, have in zip(largest, tensor.shape[1:], strict=True)]
+        padding = [amount for pair in reversed(missing) for amount in pair]
+        filled.append(torch.nn.functional.pad(tensor, padding) if any(padding) else tensor)
+    return torch.cat(filled)

@@ -1,0 +1,116 @@
+"""The teacher on our own `VisionLanguageModel`: a stock LLaVA-OneVision checkpoint that reads pictures as clips.
+
+Its prompt, tokens and visual positions are those of a student trained beside it. A picture is encoded once, for
+answering and for the forced pass; answers of a batch are written together over one cache. Used through `load.py`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsight.media.chat import ChatEncoder
+from sparsight.media.pixels import to_pixels
+from sparsight.model.decode import BatchDecoder
+from sparsight.model.vision_language import VisionLanguageModel
+from sparsight.records import Quarantined, Sample, TeacherSignal
+from sparsight.teacher.flow import EncodedSample, OpenSample, label_samples
+from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
+
+
+class VisionLanguageTeacher:
+    """Labels with a LLaVA-OneVision model (dense or sparse text model)."""
+
+    def __init__(self, model: VisionLanguageModel, identity: TeacherIdentity, settings: SignalSettings) -> None:
+        self.identity = identity
+        self.settings = settings
+        self._model = OneVisionModel(model)
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        identity: TeacherIdentity,
+        settings: SignalSettings,
+        dtype: torch.dtype = torch.float32,
+        attention: str = "sdpa",
+        device: str = "cpu",
+    ) -> "VisionLanguageTeacher":
+        """Read a checkpoint. Raises `CheckpointError` if it is not a complete LLaVA-OneVision model."""
+        model = VisionLanguageModel.load(directory, dtype=dtype, attention=attention, device=device)
+        return cls(model, identity, settings)
+
+    def label(self, samples: Sequence[Sample]) -> list[TeacherSignal | Quarantined]:
+        return label_samples(self._model, self.settings, samples)
+
+
+class OneVisionModel:
+    """`VisionLanguageModel` as the labelling flow wants it (`flow.TeacherModel`)."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self.model = model
+        text: Any = model.model.config.text_config
+        self.max_positions = int(text.max_position_embeddings)
+        self.vocabulary = int(model.head_VD.shape[0])
+
+    @property
+    def chat(self) -> ChatEncoder:
+        return self.model.chat
+
+    def look(self, rows: Sequence[OpenSample]) -> list[torch.Tensor]:
+        """Each row's visual tokens [frames * S + 1, D]."""
+        pixels_NCHW = to_pixels([picture for row in rows for picture in row.pictures], self.model.pixels)
+        frames_NSD = self.model.frame_embeds(self.model.features(pixels_NCHW))
+        newline_1D = self.model.newline_D[None]
+        parts = frames_NSD.split([len(row.pictures) for row in rows])
+        return [torch.cat([part_FSD.flatten(0, 1), newline_1D]) for part_FSD in parts]
+
+    def answer(
+        self, rows: Sequence[OpenSample], seen: Sequence[torch.Tensor], max_tokens: int
+    ) -> list[tuple[str, ...]]:
+        """All rows advance turn by turn: feed a question, write the answer or feed the given one."""
+        decoder = BatchDecoder(self.model, len(rows))
+        prompts = [
+            self.chat.turn_prompts(row.sample.turns, len(tokens)) for row, tokens in zip(rows, seen, strict=True)
+        ]
+        answers: list[list[str]] = [[] for _ in rows]
+        unfed: list[list[int]] = [[] for _ in rows]
+        for turn in range(max(len(prompt) for prompt in prompts)):
+            present = [turn < len(prompt) for prompt in prompts]
+            feeds = [unfed[index] + prompts[index][turn] if here else [] for index, here in enumerate(present)]
+            decoder.feed(feeds, torch.cat(list(seen)) if turn == 0 else None)
+            given = [row.sample.turns[turn].answer if here else None for row, here in zip(rows, present, strict=True)]
+            limits = [max_tokens if here and text is None else 0 for here, text in zip(present, given, strict=True)]
+            written = decoder.decode(limits, feed_end=turn + 1 < max(map(len, prompts)))
+            for index, (text, ids) in enumerate(zip(given, written, strict=True)):
+                if not present[index]:
+                    continue
+                answers[index].append(self.chat.decode(ids) if text is None else text)
+                unfed[index] = self._unfed(rows[index], turn, ids)
+        return [tuple(texts) for texts in answers]
+
+    def _unfed(self, row: OpenSample, turn: int, written: list[int]) -> list[int]:
+        """What must still follow in the cache before the next question: a given answer, or a missing end token."""
+        asked = row.sample.turns[turn]
+        if asked.answer is not None:
+            chat = self.chat.encode([asked], visual_tokens=1)
+            return chat.response_ids_n.tolist()
+        return [] if written[-1:] == [self.chat.end_id] else [self.chat.end_id]
+
+    def encode(self, row: OpenSample, seen: torch.Tensor) -> EncodedSample:
+        chat = self.chat.encode(row.sample.turns, len(seen))
+        lengths = tuple(end - start for start, end in chat.answer_spans)
+        return EncodedSample(row.place, chat.input_ids, chat.response_positions_n, lengths, len(seen), seen)
+
+    def response_hidden(self, rows: Sequence[EncodedSample]) -> torch.Tensor:
+        ids_BT, mask_BT = self.model.pad([row.input_ids for row in rows])
+        hidden_BTD = self.model.hidden(ids_BT, mask_BT, torch.cat([row.inputs for row in rows]))
+        before_n = np.concatenate(
+            [index * ids_BT.shape[1] + row.response_positions_n - 1 for index, row in enumerate(rows)]
+        )
+        return hidden_BTD.flatten(0, 1)[torch.from_numpy(before_n).to(hidden_BTD.device)]
+
+    def head(self, hidden_nD: torch.Tensor) -> torch.Tensor:
+        return hidden_nD @ self.model.head_VD.T
