@@ -14,7 +14,6 @@ BIN := .venv/bin
 STAMP := .venv/ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 CONFIG ?= configs/tiny.yaml
-MODEL ?= runs/tiny/export/model
 RESULTS ?= runs/benchmarks
 ARGS ?=
 
@@ -32,8 +31,8 @@ help: ## this list
 demo: $(STAMP) ## teacher, labels, sparse student, report (CONFIG=…, ARGS='--set a.b=c')
 	@$(BIN)/python -m pipelines.run --config $(CONFIG) $(ARGS)
 
-serve: $(STAMP) ## answer over HTTP with the last demo's student (MODEL=…)
-	@$(BIN)/python -m serve_apps.app --model $(MODEL) $(ARGS)
+serve: $(STAMP) ## answer over HTTP with the student of that run (CONFIG=…)
+	@$(BIN)/python -m serve_apps.app --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## all tests (ARGS='-k name')
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
