@@ -9,7 +9,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
 
 from serve_apps.bodies import BodyLimit
 from serve_apps.chat_routes import chat_routes
@@ -27,11 +26,11 @@ class Ingress:
         self._student = student.options(stream=True)
         self._streams = streams
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return http_app(self._settings, self._created, self._student, self._streams)
 
 
-def http_app(settings: ServiceSettings, created: int, student: Any, streams: Any) -> ASGIApp:
+def http_app(settings: ServiceSettings, created: int, student: Any, streams: Any) -> FastAPI:
     """The whole HTTP application over two handles: `student` streams its events, `streams` answers in one piece."""
     faults = Faults(logging.getLogger("ray.serve"))
     app = FastAPI(title="sparsight", docs_url=None, redoc_url=None, openapi_url=None)
@@ -47,4 +46,6 @@ def http_app(settings: ServiceSettings, created: int, student: Any, streams: Any
     app.add_api_route("/healthz", healthz, methods=["GET"])
     app.include_router(chat_routes(student, settings.name, created, faults))
     app.include_router(stream_routes(streams, settings.name))
-    return ErrorShape(BodyLimit(app, settings.serve.max_body_bytes), faults)
+    app.add_middleware(BodyLimit, max_body_bytes=settings.serve.max_body_bytes)
+    app.add_middleware(ErrorShape, faults=faults)  # the last added is the outermost
+    return app

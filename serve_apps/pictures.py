@@ -14,6 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
@@ -104,18 +105,15 @@ def _download(parts: SplitResult, address: str, port: int, max_bytes: int, end_s
         channel = plain
         if parts.scheme == "https":
             channel = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-        connection = http.client.HTTPConnection(host, port)
-        connection.sock = channel
-        try:
+        with closing(http.client.HTTPConnection(host, port)) as connection:
+            connection.sock = channel
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"accept": "image/*", "user-agent": "sparsight"})
-            response = connection.getresponse()
-            if response.status != 200:
-                message = f"the picture's host answered with status {response.status}; redirects are not followed"
-                raise bad_request(message, "image_fetch_failed", param)
-            return _read(response, channel, max_bytes, end_s, param)
-        finally:
-            connection.close()
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    message = f"the picture's host answered with status {response.status}; redirects are not followed"
+                    raise bad_request(message, "image_fetch_failed", param)
+                return _read(response, channel, max_bytes, end_s, param)
 
 
 def _read(

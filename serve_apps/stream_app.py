@@ -9,12 +9,14 @@ import asyncio
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+import ray
 from ray import serve
 from ray.serve.config import DeploymentActorConfig
 
-from actors.kv_bank_actor import KvBankActor, RemoteBanks, StreamInfo
+from actors.kv_bank_actor import KvBankActor, RemoteBanks
+from actors.stream_banks import StreamInfo
 from serve_apps.pictures import PictureLimits, load_picture
 from serve_apps.refusals import Refusal, RequestRefusedError
 from serve_apps.schemas import FramesRequest, QuestionRequest
@@ -33,7 +35,8 @@ def bank_actor(settings: ServiceSettings) -> DeploymentActorConfig:
     """The actor that `StreamReplica` is deployed with."""
     stream = settings.serve.stream
     limits = {"max_streams": stream.max_streams, "max_stream_bytes": stream.max_stream_bytes}
-    return DeploymentActorConfig(name=BANK, actor_class=KvBankActor, init_kwargs=limits, actor_options={"num_cpus": 0})
+    actor: Any = ray.remote(KvBankActor)
+    return DeploymentActorConfig(name=BANK, actor_class=actor, init_kwargs=limits, actor_options={"num_cpus": 0})
 
 
 class StreamReplica:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 
-from actors.kv_bank_actor import StreamInfo
+from actors.stream_banks import StreamInfo
 from serve_apps.refusals import Refusal, RequestRefusedError
 from serve_apps.requests import check_model, read
 from serve_apps.schemas import FramesRequest, OpenStreamRequest, QuestionRequest, usage
