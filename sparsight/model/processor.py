@@ -9,8 +9,11 @@ from pathlib import Path
 from sparsight.media.pixels import PROCESSOR_FILE, PixelSettings
 
 
-def write_processor(directory: Path, pixels: PixelSettings) -> None:
-    """Write image, video and combined processor settings into a checkpoint directory."""
+def write_processor(directory: Path, pixels: PixelSettings, patches: int) -> None:
+    """Write image, video and combined processor settings into a checkpoint directory.
+
+    `patches` of one picture is what processors compute the number of placeholders from.
+    """
     shared = {
         "size": {"height": pixels.side, "width": pixels.side},
         "image_mean": list(pixels.mean),
@@ -32,6 +35,7 @@ def write_processor(directory: Path, pixels: PixelSettings) -> None:
         "processor_class": "LlavaOnevisionProcessor",
         "image_token": "<image>",
         "video_token": "<video>",
+        "num_image_tokens": patches,
         "vision_feature_select_strategy": "full",
     }
     write = {"preprocessor_config.json": picture, PROCESSOR_FILE: video, "processor_config.json": processor}

@@ -64,7 +64,8 @@ class VisionLanguageModel:
         """Write a stock checkpoint directory: weights, configs, tokenizer and processor files."""
         self.model.save_pretrained(directory)
         self.chat.tokenizer.save_pretrained(directory)
-        write_processor(Path(directory), self.pixels)
+        vision = self.model.config.vision_config
+        write_processor(Path(directory), self.pixels, (vision.image_size // vision.patch_size) ** 2)
 
     @property
     def device(self) -> torch.device:
