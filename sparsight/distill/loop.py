@@ -117,7 +117,7 @@ class StageTrainer:
         self.sparse_layers = sorted(routers(student))
         self.module: nn.Module = StudentStep(student, stage.terms.balance, stage.tail, vocabulary)
         if worker_count() > 1:
-            self.module = DistributedDataParallel(self.module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.module = DistributedDataParallel(self.module, forward_sync_buffers=False, gradient_as_bucket_view=True)
         self._last_s = time.perf_counter()
 
     @property

@@ -171,7 +171,7 @@ def _softmax_(logits_nV: torch.Tensor, log_sum_n: torch.Tensor, factor_n: torch.
 def _kept(
     sparse: SparseTargetTensors, tail: Tail, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, probability that each stands for, and teacher log-probs [n, J] of all stored entries; empty draws weigh 0."""
+    """Ids, probability that each stands for, and teacher log-probs [n, J] of what is stored; empty draws weigh 0."""
     head_logprobs_nK = sparse.head_logprobs_NK.to(dtype)
     if tail == "bucket" or sparse.tail_ids_NS.shape[1] == 0:
         return sparse.head_ids_NK, head_logprobs_nK.exp(), head_logprobs_nK

@@ -26,7 +26,10 @@ FEATURES_VERSION = 1
 
 
 class Clips(NamedTuple):
-    """Frames of several clips, one after another: features [N, P, D] or pixels [N, 3, side, side]; `frames` cuts them."""
+    """Frames of several clips, one after another: features [N, P, D] or pixels [N, 3, side, side].
+
+    `frames` says how many belong to each clip.
+    """
 
     values: torch.Tensor
     frames: list[int]
@@ -46,6 +49,11 @@ class PixelPictures:
         self._frames = {sample.content_hash: sample.frames for sample in samples}
         self._pixels = pixels
         self._limits = (max_bytes, max_pixels)
+
+    @property
+    def content_hashes(self) -> list[str]:
+        """Every picture once, in the samples' order."""
+        return list(self._frames)
 
     def load(self, content_hashes: Sequence[str]) -> Clips:
         clips = [self._frames[content_hash] for content_hash in content_hashes]

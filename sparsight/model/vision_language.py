@@ -84,10 +84,10 @@ class VisionLanguageModel:
         """Tokens that a clip of so many frames takes in the text model."""
         return frames * self.frame_tokens + 1
 
-    def features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """The tower's patch features [N, P, D of the tower] of N frames; no gradient."""
+    def features(self, pixels_NCHW: torch.Tensor, gradient: bool = False) -> torch.Tensor:
+        """The tower's patch features [N, P, D of the tower] of N frames; no gradient unless asked for."""
         layer = self.model.config.vision_feature_layer
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
             outputs = self.model.model.vision_tower(
                 pixels_NCHW.to(self.device, self.model.dtype), output_hidden_states=True
             )

@@ -26,7 +26,7 @@ def head_of(teacher_NV: torch.Tensor, K: int, S: int = 0, seed: int = 0) -> Spar
     logprobs_NK, ids_NK = teacher_NV.topk(K, dim=-1)
     rest_NV = teacher_NV.exp().scatter(1, ids_NK, 0.0)
     mass_N = rest_NV.sum(dim=-1)
-    if S == 0 or K == teacher_NV.shape[1]:
+    if S == 0 or teacher_NV.shape[1] == K:
         empty = torch.full((len(teacher_NV), S), -1)
         return SparseTargetTensors(ids_NK, logprobs_NK, mass_N, empty, empty.double())
     drawn_NS = torch.multinomial(rest_NV, S, replacement=True, generator=torch.Generator().manual_seed(seed))

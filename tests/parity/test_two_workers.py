@@ -1,7 +1,6 @@
 """Two gloo workers take the same steps as one worker alone: same weights, same metrics, same balance loss."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from sparsight.config import ArchitectureConfig, StageConfig, TermsConfig, UpcycleConfig
+from sparsight.data.scenes import draw, random_scene
 from sparsight.distill.loop import StageTrainer
 from sparsight.distill.pictures import PixelPictures
 from sparsight.distill.rows import RowMaker, TrainingRow
-from sparsight.data.scenes import draw, random_scene
 from sparsight.media.images import encode_png
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.upcycle import upcycle

@@ -1,0 +1,41 @@
+"""The frozen tower's features of all training pictures, computed once for every stage that uses this tower.
+
+Keyed by content hash, so the teacher's and the students' samples (the same pictures) share them. How they are stored
+is `sparsight.distill.pictures`. Called by the teacher and distillation pipelines.
+"""
+
+from pathlib import Path
+
+from sparsight.artifacts import RunDirectory
+from sparsight.config import RunConfig
+from sparsight.data.samples import iter_samples
+from sparsight.distill.pictures import FEATURES_VERSION, PixelPictures, in_groups, write_features
+from sparsight.distill.start import tower_digest
+from sparsight.model.vision_language import VisionLanguageModel
+from sparsight.observe import progress_bar
+from sparsight.storage import Storage
+
+ARTIFACT = "features"
+KIND = "features"
+SAMPLES = "samples/student"
+CLIPS_PER_FILE = 256
+
+
+def make_features(config: RunConfig, model_directory: Path) -> Storage:
+    """The finished features of the model's tower; computed here unless they are there."""
+    run = RunDirectory(config.run_dir)
+    samples, samples_manifest = run.finished(SAMPLES, "samples")
+    model = VisionLanguageModel.load(model_directory)
+    inputs = {"samples": samples_manifest.fingerprint, "tower": tower_digest(model)}
+    artifact = run.artifact(ARTIFACT, KIND, FEATURES_VERSION, {}, inputs)
+    if artifact.finished:
+        return artifact.storage
+    artifact.begin()
+    data = config.data
+    pictures = PixelPictures(iter_samples(samples), model.pixels, data.max_picture_bytes, data.max_picture_pixels)
+    clips = in_groups(pictures.content_hashes, CLIPS_PER_FILE)
+    with progress_bar("features", total=len(pictures.content_hashes), unit="picture") as bar:
+        for done in write_features(artifact.storage, pictures, clips, model.features):
+            bar.update(done)
+    artifact.commit(counts={"pictures": len(pictures.content_hashes)})
+    return artifact.storage

@@ -1,0 +1,146 @@
+"""Making the tiny teacher: a tokenizer from the training text, a tower that sees, then projector and text model.
+
+The stages run on the same engine as distillation, over `samples/teacher`; a teacher that is a Hugging Face directory
+needs none of this. Run as `python -m pipelines.teacher --config FILE`.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipelines.command import run_command
+from pipelines.distill import finish_stage, stage_job
+from pipelines.training import MODEL
+from sparsight.artifacts import Artifact, RunDirectory
+from sparsight.config import RunConfig, StageConfig, TinyTeacherConfig
+from sparsight.data.samples import iter_samples, read_samples
+from sparsight.distill.batches import steps_of
+from sparsight.distill.rows import RowMaker
+from sparsight.errors import ConfigError
+from sparsight.model.tiny import make_dense, make_tokenizer
+from sparsight.model.tower import train_tower
+from sparsight.model.vision_language import VisionLanguageModel
+from sparsight.observe import progress_bar, say
+from sparsight.records import Sample
+from sparsight.storage import Storage
+
+ARTIFACT = "teacher"
+KIND = "model"
+VERSION = 1
+SAMPLES = "samples/teacher"
+TOWER = "tower"
+
+
+def make_teacher(config: RunConfig) -> None:
+    """Write the run's `teacher` artefact; nothing for a Hugging Face teacher, a finished one is left alone.
+
+    A killed making continues: a finished tower or stage is kept, an unfinished stage starts at its last checkpoint.
+    Raises `ArtifactError` where the samples are not there, `ConfigError` for a stage that needs a teacher itself.
+    """
+    settings = config.teacher
+    if not isinstance(settings, TinyTeacherConfig):
+        return
+    _check(settings)
+    run = RunDirectory(config.run_dir)
+    samples, manifest = run.finished(SAMPLES, "samples")
+    shared = {"teacher": settings, "seed": config.seed, "precompute_features": config.distill.precompute_features}
+    artifact = run.artifact(ARTIFACT, KIND, VERSION, shared, {"samples": manifest.fingerprint})
+    if artifact.finished:
+        say("teacher: nothing to do, the teacher is there")
+        return
+    artifact.begin()
+    tower = _tower(settings, config.seed, samples, artifact.storage)
+    before, figures = tower.storage, dict(_figures(tower))
+    for stage in settings.stages:
+        finished = _stage(config, stage, before, artifact, samples)
+        before, figures = finished.storage, figures | _figures(finished)
+    artifact.storage.delete(MODEL)
+    artifact.storage.publish(before.fetch(MODEL), MODEL)
+    for name in (TOWER, *(stage.name for stage in settings.stages)):
+        artifact.storage.delete(f"{name}/{MODEL}")
+    artifact.commit(figures=figures)
+
+
+def _check(settings: TinyTeacherConfig) -> None:
+    names = [stage.name for stage in settings.stages]
+    if len({*names, TOWER, MODEL}) != len(names) + 2:
+        raise ConfigError(f"teacher.stages: the names {names} must differ, and '{TOWER}' and '{MODEL}' are taken")
+    for stage in settings.stages:
+        if stage.terms.forward_kl > 0 or stage.upcycle is not None:
+            raise ConfigError(f"teacher stage '{stage.name}': a tiny teacher learns dense, from answers alone")
+
+
+def _figures(artifact: Artifact) -> dict[str, float]:
+    manifest = artifact.finished
+    return manifest.figures if manifest is not None else {}
+
+
+def _tower(settings: TinyTeacherConfig, seed: int, samples: Storage, teacher: Storage) -> Artifact:
+    """A fresh model of the teacher's sizes with a trained tower."""
+    config = settings.model_dump(mode="json", include={"architecture", "vocabulary", "tower"})
+    artifact = Artifact(teacher.child(TOWER), KIND, VERSION, {"seed": seed, **config}, {})
+    if artifact.finished:
+        return artifact
+    artifact.begin()
+    rows = read_samples(samples)
+    model = make_dense(settings.architecture, make_tokenizer(corpus(rows), settings.vocabulary), seed)
+    with progress_bar("tower", total=settings.tower.steps, unit="step") as bar:
+
+        def report(step: int, losses: dict[str, float]) -> None:
+            bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
+            bar.update(step - bar.n)
+
+        figures = train_tower(model, settings.tower, rows, seed, report)
+    _save(model, artifact.storage)
+    artifact.commit(figures=figures)
+    return artifact
+
+
+def corpus(samples: Sequence[Sample]) -> Iterator[str]:
+    """The text that the tokenizer is made from."""
+    for sample in samples:
+        for turn in sample.turns:
+            yield turn.question
+            if turn.answer is not None:
+                yield turn.answer
+
+
+def _stage(config: RunConfig, stage: StageConfig, before: Storage, teacher: Artifact, samples: Storage) -> Artifact:
+    """One training stage, in a folder of its own under the teacher's."""
+    inputs = {"teacher": teacher.fingerprint}
+    artifact = Artifact(teacher.storage.child(stage.name), KIND, VERSION, {"stage": stage, "seed": config.seed}, inputs)
+    if artifact.finished:
+        return artifact
+    artifact.begin()
+    say(f"teacher: {stage.name}")
+    start = before.child(MODEL)
+    student = VisionLanguageModel.load(start.fetch())
+    rows = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0]).answered(iter_samples(samples))
+    steps = steps_of(len(rows), stage.batch_samples, stage.epochs, stage.steps)
+    job = stage_job(config, stage, start, artifact.storage, samples, vocabulary=None)
+    finish_stage(artifact, job, rows, steps, config)
+    return artifact
+
+
+def _save(model: VisionLanguageModel, target: Storage) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        target.delete(MODEL)
+        target.publish(Path(folder), MODEL)
+
+
+def _plan_lines(config: RunConfig) -> list[str]:
+    settings = config.teacher
+    if not isinstance(settings, TinyTeacherConfig):
+        return ["nothing to make: the teacher is a model directory"]
+    lines = [f"train a tower: {settings.tower.steps} steps"]
+    return lines + [f"train 'teacher/{stage.name}' on '{SAMPLES}'" for stage in settings.stages]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("Make the tiny teacher.", make_teacher, argv, _plan_lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
