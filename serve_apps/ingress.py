@@ -26,11 +26,11 @@ class Ingress:
         self._student = student.options(stream=True)
         self._streams = streams
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> BodyLimit:
         return http_app(self._settings, self._created, self._student, self._streams)
 
 
-def http_app(settings: ServiceSettings, created: int, student: Any, streams: Any) -> FastAPI:
+def http_app(settings: ServiceSettings, created: int, student: Any, streams: Any) -> BodyLimit:
     """The whole HTTP application over two handles: `student` streams its events, `streams` answers in one piece."""
     faults = Faults(logging.getLogger("ray.serve"))
     app = FastAPI(title="sparsight", docs_url=None, redoc_url=None, openapi_url=None)
@@ -46,6 +46,6 @@ def http_app(settings: ServiceSettings, created: int, student: Any, streams: Any
     app.add_api_route("/healthz", healthz, methods=["GET"])
     app.include_router(chat_routes(student, settings.name, created, faults))
     app.include_router(stream_routes(streams, settings.name))
-    app.add_middleware(BodyLimit, max_body_bytes=settings.serve.max_body_bytes)
-    app.add_middleware(ErrorShape, faults=faults)  # the last added is the outermost
-    return app
+    app.add_middleware(ErrorShape, faults=faults)
+    # Outermost, also because Serve gives handlers of its own, in another shape, to anything that is a FastAPI.
+    return BodyLimit(app, settings.serve.max_body_bytes)

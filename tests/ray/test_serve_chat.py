@@ -150,7 +150,7 @@ def test_more_requests_than_the_queue_takes_are_told_to_come_back(http: httpx.Cl
     assert len(refused) < len(responses)
     assert refused
     for response in refused:
-        assert response.status_code == 429
+        assert response.status_code == 429, response.text
         assert error_of(response)["code"] == "queue_full"
         assert int(response.headers["retry-after"]) >= 1
 

@@ -1,0 +1,89 @@
+"""A stream asked with everything retrieved says what the chat path says of the same frames as one clip."""
+
+import pytest
+import torch
+
+from serve_apps.stream_host import FrameEncoder, QuestionAnswerer
+from sparsight.config import StreamConfig
+from sparsight.kv.answerer import StreamAnswerer
+from sparsight.kv.attention import KvTextModel
+from sparsight.kv.bank import RamBank
+from sparsight.kv.retrieve import BestAndRecent
+from sparsight.media.pixels import to_pixels
+from sparsight.model.decode import BatchDecoder
+from sparsight.model.vision_language import VisionLanguageModel
+from tests.unit.serve.conftest import picture
+
+QUESTION = "what shape is in the image?"
+EVERYTHING = StreamConfig(window_tokens=400, retrieve_blocks=16, recent_blocks=2)
+
+
+@pytest.fixture(scope="module")
+def kv_model(model: VisionLanguageModel) -> KvTextModel:
+    return KvTextModel(model.model.model.language_model)
+
+
+def filled(model: VisionLanguageModel, kv_model: KvTextModel, frames: int) -> RamBank:
+    """A bank with so many frames, a second apart."""
+    encoder = FrameEncoder(model, kv_model, EVERYTHING)
+    bank = RamBank(encoder.sink, 10**9)
+    encoder.restore("s", [])
+    for block in encoder.encode("s", [picture(seed) for seed in range(frames)], [float(s) for s in range(frames)]):
+        bank.put(block)
+    return bank
+
+
+def clip_decoder(model: VisionLanguageModel, frames: int) -> BatchDecoder:
+    """The chat path, fed with the frames as one clip and the question."""
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
+    ids = model.chat.prompt(messages, [model.visual_tokens(frames)])
+    decoder = BatchDecoder(model, 1)
+    with torch.no_grad():
+        features_FPD = model.features(to_pixels([picture(seed) for seed in range(frames)], model.pixels))
+        decoder.feed([ids], model.clip_embeds(features_FPD[None])[0])
+    return decoder
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7])
+def test_logits_and_answers_equal_those_of_the_chat_path(
+    model: VisionLanguageModel, kv_model: KvTextModel, frames: int
+) -> None:
+    bank = filled(model, kv_model, frames)
+    decoder = clip_decoder(model, frames)
+    prompt = model.chat.frames_prompt(QUESTION)
+    answerer = StreamAnswerer(kv_model, model.model.get_output_embeddings(), model.newline_D[None])
+    retriever = BestAndRecent(14, 2)
+    turn = answerer.begin(bank, torch.tensor(prompt.after_ids), retriever, question=prompt.question, room_tokens=1)
+    torch.testing.assert_close(turn.logits_V, decoder.logits_BV[0], atol=1e-4, rtol=1e-4)
+
+    answer = QuestionAnswerer(model, kv_model, EVERYTHING).ask(bank, QUESTION, 16)
+    [ids] = decoder.decode([16])
+    assert answer.text == model.chat.decode(ids)
+    assert {moment.number for moment in answer.answer.moments()} == set(range(frames))
+
+
+def test_an_encoder_goes_on_where_another_ended(model: VisionLanguageModel, kv_model: KvTextModel) -> None:
+    config = StreamConfig(window_tokens=40)
+    pictures, times_s = [picture(seed) for seed in range(9)], [float(second) for second in range(9)]
+    whole = FrameEncoder(model, kv_model, config)
+    whole.restore("s", [])
+    blocks = whole.encode("s", pictures, times_s)
+    fresh = FrameEncoder(model, kv_model, config)
+    assert not fresh.knows("s", 6)
+    fresh.restore("s", blocks[3:6])
+    assert fresh.knows("s", 6)
+    rest = fresh.encode("s", pictures[6:], times_s[6:])
+    assert [block.number for block in rest] == [6, 7, 8]
+    for block, expected in zip(rest, blocks[6:], strict=True):
+        torch.testing.assert_close(block.page_L2GSC, expected.page_L2GSC, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("question", ["assistant user", "hi", "?", "<video> <|end|>", "red circle  \n"])
+def test_the_prompt_is_cut_where_the_clip_stands(model: VisionLanguageModel, question: str) -> None:
+    prompt = model.chat.frames_prompt(question)
+    text = model.chat.plain(question).strip()
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}]
+    placeholder = model.chat.visual_id
+    assert prompt.before_ids + [placeholder] * 3 + prompt.after_ids == model.chat.prompt(messages, [3])
+    assert model.chat.decode(prompt.after_ids[prompt.question]) == text
+    assert len(prompt.after_ids) > len(prompt.after_ids[prompt.question])
