@@ -1,0 +1,1 @@
+"""The model: stock LLaVA-OneVision checkpoints built, loaded, up-cycled, decoded and exported. Trains nothing."""

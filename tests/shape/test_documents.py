@@ -36,7 +36,10 @@ def real_tree(root: Path) -> set[str]:
 
 
 def shown(path: Path) -> bool:
-    return not path.name.startswith(".") and path.name not in UNLISTED and path.suffix != ".egg-info"
+    if path.name.startswith(".") or path.name in UNLISTED or path.suffix == ".egg-info":
+        return False
+    inside = path.rglob("[!.]*")
+    return path.is_file() or any(inner.is_file() and "__pycache__" not in inner.parts for inner in inside)
 
 
 def tree_differences(root: Path) -> list[str]:
