@@ -37,7 +37,7 @@ SAMPLES = "samples/student"
 BATCHES_PER_CALL = 4
 """A worker gets this many batches at a time, so that it can forward rows of similar length together."""
 _TASK_CPUS = 0.5
-"""Of a reading or writing task. Not 1, so that Ray Data does not fuse reading into the workers."""
+"""Of a reading or writing task: they mostly wait."""
 
 
 def label(config: RunConfig) -> None:
@@ -99,9 +99,9 @@ def plan(
     filesystem, _ = samples.arrow()
     files = [samples.arrow(key)[1] for key in sample_files(samples)]
     call_rows = config.label.batch_samples * BATCHES_PER_CALL
-    blocks = max(len(files), -(-len(wanted) // call_rows))
-    rows = ray.data.read_parquet(files, filesystem=filesystem, num_cpus=_TASK_CPUS, override_num_blocks=blocks)
+    rows = ray.data.read_parquet(files, filesystem=filesystem, num_cpus=_TASK_CPUS)
     dropped = sorted(done.union(row for row, asks in wanted.items() if not asks))
+    calls = -(-(len(wanted) - len(dropped)) // call_rows)
     if dropped:
         rows = rows.map_batches(
             _without,  # pyright: ignore[reportArgumentType]  # the stub does not know of fn_kwargs
@@ -110,11 +110,11 @@ def plan(
             fn_kwargs={"dropped": ray.put(pa.array(dropped, pa.string()))},
             num_cpus=_TASK_CPUS,
         )
-    labelled = rows.map_batches(
+    labelled = rows.repartition(target_num_rows_per_block=call_rows).map_batches(
         TeacherWorker,
         batch_size=call_rows,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=resources.label_workers),
+        compute=ActorPoolStrategy(size=min(resources.label_workers, calls)),
         fn_constructor_kwargs={
             "source": source,
             "identity": identity,
@@ -124,8 +124,6 @@ def plan(
         },
         num_cpus=resources.threads_per_worker,
         num_gpus=resources.label_gpus or None,
-        max_restarts=resources.max_failures,
-        max_task_retries=resources.max_failures,
     )
     return labelled.map_batches(
         write_rows,  # pyright: ignore[reportArgumentType]  # the stub does not know of fn_kwargs
