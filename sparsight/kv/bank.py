@@ -1,0 +1,171 @@
+"""Where a stream's blocks are kept, and the small index by which they are found.
+
+`BlockBank` is the role: everything that an encoder's blocks go into and an answerer reads from, in calls coarse enough
+to cross a process boundary. `RamBank` holds the blocks of one stream in main memory under a byte budget. A bank neither
+scores nor chooses, and nothing in it is changed by a question. Filled from `encoder`, read by `answerer`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparsight.errors import StreamError
+from sparsight.kv.block import SINK_NUMBER, KvBlock
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """A snapshot of which blocks there are, in time order: what retrieval needs, without a single page.
+
+    `mean_keys_LNGC` are the blocks' mean keys (float32), layer first, so that one layer is scored at a time.
+    """
+
+    numbers_N: Tensor
+    spans_s_N2: Tensor
+    mean_keys_LNGC: Tensor
+
+    def __len__(self) -> int:
+        return self.numbers_N.shape[0]
+
+    def until(self, time_s: float) -> "BlockIndex":
+        """The blocks before the first that ends after `time_s`: what a question asked then may rest on."""
+        N = int((self.spans_s_N2[:, 1] <= time_s).cumprod(0).sum())
+        return BlockIndex(self.numbers_N[:N], self.spans_s_N2[:N], self.mean_keys_LNGC[:, :N])
+
+
+class BlockBank(Protocol):
+    """One stream's memory: the system prompt's block and the frames' blocks."""
+
+    @property
+    def sink(self) -> KvBlock:
+        """The system prompt's block."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages and index vectors, the sink's among them."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of frame blocks."""
+        ...
+
+    def put(self, block: KvBlock) -> None:
+        """Keep the next frame's block. Raises `StreamError` when full, out of order or of another shape; then nothing
+        has changed. Repeating the last put changes nothing either."""
+        ...
+
+    def index(self) -> BlockIndex:
+        """The index as it is now; later puts do not change it."""
+        ...
+
+    def get(self, number: int) -> KvBlock:
+        """One whole block. Raises `StreamError` if it is not kept."""
+        ...
+
+    def gather(self, layer: int, numbers: Sequence[int]) -> Tensor:
+        """One layer's keys and values of several blocks, in the order given: a new tensor [R, 2, G, S, C]."""
+        ...
+
+    def clear(self) -> None:
+        """Forget all frames; the system prompt stays."""
+        ...
+
+
+class RamBank:
+    """A `BlockBank` in this process's main memory that refuses blocks beyond `budget_bytes`."""
+
+    def __init__(self, sink: KvBlock, budget_bytes: int) -> None:
+        assert sink.number == SINK_NUMBER
+        self.sink = sink
+        self._budget_bytes = budget_bytes
+        self.clear()
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def put(self, block: KvBlock) -> None:
+        last = next(reversed(self._blocks.values()), self.sink)
+        if (block.number, block.digest) == (last.number, last.digest):
+            return
+        self._check_shape(block, tokens=last.tokens if self._blocks else block.tokens)
+        if block.number <= last.number or block.start_s < last.start_s:
+            raise StreamError(
+                f"block {block.number} at {block.start_s:g} s cannot follow block {last.number} at {last.start_s:g} s: "
+                "put the blocks of a stream in time order."
+            )
+        if self._nbytes + block.nbytes > self._budget_bytes:
+            raise StreamError(
+                f"the stream's memory is full: {len(self)} blocks take {self._nbytes} of {self._budget_bytes} bytes, "
+                f"the next takes {block.nbytes}. Close the stream, or give it a larger budget."
+            )
+        self._blocks[block.number] = block
+        self._rows.append(block)
+        self._nbytes += block.nbytes
+
+    def index(self) -> BlockIndex:
+        return self._rows.snapshot()
+
+    def get(self, number: int) -> KvBlock:
+        if number not in self._blocks:
+            raise StreamError(f"block {number} is not in this bank of {len(self)} blocks: take numbers from its index.")
+        return self._blocks[number]
+
+    def gather(self, layer: int, numbers: Sequence[int]) -> Tensor:
+        return torch.stack([self.get(number).page_L2GSC[layer] for number in numbers])
+
+    def clear(self) -> None:
+        self._blocks: dict[int, KvBlock] = {}
+        self._rows = _IndexRows(self.sink.mean_keys_LGC)
+        self._nbytes = self.sink.nbytes
+
+    def _check_shape(self, block: KvBlock, tokens: int) -> None:
+        L, _, G, _, C = self.sink.page_L2GSC.shape
+        wanted = ((L, 2, G, tokens, C), self.sink.page_L2GSC.dtype)
+        given = (tuple(block.page_L2GSC.shape), block.page_L2GSC.dtype)
+        if given != wanted:
+            raise StreamError(
+                f"block {block.number} has a page of {given}, this stream's have {wanted}: "
+                "encode a stream with one model and one frame size."
+            )
+
+
+class _IndexRows:
+    """Index rows in tensors that double when they are full, so that a snapshot is a view and costs nothing.
+
+    Rows are only ever added, and a full tensor is left as it is: no snapshot changes under its reader.
+    """
+
+    def __init__(self, like_LGC: Tensor) -> None:
+        self._length = 0
+        self._allocate(64, like_LGC)
+
+    def append(self, block: KvBlock) -> None:
+        row = self._length
+        if row == len(self._numbers_N):
+            full = self.snapshot()
+            self._allocate(2 * row, block.mean_keys_LGC)
+            self._numbers_N[:row] = full.numbers_N
+            self._spans_s_N2[:row] = full.spans_s_N2
+            self._mean_keys_LNGC[:, :row] = full.mean_keys_LNGC
+        self._numbers_N[row] = block.number
+        self._spans_s_N2[row] = torch.tensor((block.start_s, block.end_s), dtype=torch.float64)
+        self._mean_keys_LNGC[:, row] = block.mean_keys_LGC
+        self._length = row + 1
+
+    def snapshot(self) -> BlockIndex:
+        N = self._length
+        return BlockIndex(self._numbers_N[:N], self._spans_s_N2[:N], self._mean_keys_LNGC[:, :N])
+
+    def _allocate(self, rows: int, like_LGC: Tensor) -> None:
+        L, G, C = like_LGC.shape
+        self._numbers_N = torch.empty(rows, dtype=torch.long)
+        self._spans_s_N2 = torch.empty(rows, 2, dtype=torch.float64)
+        self._mean_keys_LNGC = torch.empty(L, rows, G, C, dtype=torch.float32)

@@ -1,0 +1,191 @@
+"""Frames in, blocks out: each frame runs through the text model once, inside a sliding window.
+
+A token sees the tokens less than `window_tokens` before it, and always the system prompt (the sink). A sink token that
+has left the window is seen as if it stood at the window's far edge (ReKV's rule), and never twice; so while the stream
+is shorter than the window this is plain full attention. What a token sees depends on its place in the stream only, not
+on how frames are grouped into calls.
+The encoder keeps the window, which is the tail of its own blocks, and nothing else: it neither stores blocks nor
+answers, and never evaluates the language-model head. One encoder serves one stream.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsight.errors import StreamError
+from sparsight.kv.attention import KvTextModel, attend
+from sparsight.kv.block import SINK_NUMBER, KvBlock
+
+
+def encode_sink(model: KvTextModel, ids_T: Tensor) -> KvBlock:
+    """The block of the system prompt: everything that stands before the first frame in the model's chat template.
+
+    It depends on the model and the ids only, so the streams of a process may share it.
+    """
+    tokens = ids_T.shape[0]
+    if tokens == 0:
+        raise StreamError("a stream needs at least one token before its first frame: give the system prompt's ids.")
+    nothing = model.empty_page(0)
+    step = _WindowPass(model, nothing, tokens, list(nothing), 0, [model.empty_page(tokens)])
+    model.run(model.embed(ids_T), step)
+    return KvBlock.from_page(SINK_NUMBER, 0.0, 0.0, step.pages_L2GSC[0])
+
+
+class StreamEncoder:
+    """One stream's encoder.
+
+    `window_tokens` bounds what a token sees and what is kept: that many tokens' keys and values, beside the sink's.
+    `blocks` are what an earlier encoder of the same stream made, all of them or its newest `window_tokens` tokens'
+    worth: this encoder goes on after them, to the same numbers.
+    Raises `StreamError` if the window has no room beside the sink or is longer than the model's longest context, or if
+    `blocks` leave a gap in it.
+    """
+
+    def __init__(self, model: KvTextModel, sink: KvBlock, window_tokens: int, blocks: Sequence[KvBlock] = ()) -> None:
+        if not sink.tokens < window_tokens <= model.max_tokens:
+            raise StreamError(
+                f"a window of {window_tokens} tokens is impossible beside a system prompt of {sink.tokens} in a model "
+                f"that takes {model.max_tokens}: choose one between them."
+            )
+        self._model = model
+        self._window_tokens = window_tokens
+        self._sink_L2GSC = sink.page_L2GSC.to(model.device)
+        self._kept_L2GWC = list(self._sink_L2GSC)
+        self._seen_tokens = sink.tokens
+        self._next_number = 0
+        self._last_start_s = -math.inf
+        if blocks:
+            self._continue_after(blocks)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens in the window now, at most `window_tokens`."""
+        return self._kept_L2GWC[0].shape[2]
+
+    def encode(self, visual_embeds_FSD: Tensor, spans_s: Sequence[tuple[float, float]]) -> list[KvBlock]:
+        """The blocks of F frames of S projected tokens each; `spans_s` are their (start, end) times in seconds.
+
+        Raises `StreamError` for times that run backwards or tokens of another width; then nothing has changed.
+        """
+        F, S, D = visual_embeds_FSD.shape
+        if len(spans_s) != F or self._model.width != D:
+            raise StreamError(
+                f"{F} frames of width {D} came with {len(spans_s)} time spans, for a text model of width "
+                f"{self._model.width}: give one span a frame, and this model's projected tokens."
+            )
+        last_start_s = _check_times(self._last_start_s, spans_s)
+        pages_L2GSC = [self._model.empty_page(S) for _ in range(F)]
+        step = _WindowPass(
+            self._model, self._sink_L2GSC, self._window_tokens, self._kept_L2GWC, self._seen_tokens, pages_L2GSC
+        )
+        self._model.run(visual_embeds_FSD.flatten(0, 1), step)
+        numbers = range(self._next_number, self._next_number + F)
+        self._kept_L2GWC = step.kept_L2GWC
+        self._seen_tokens += F * S
+        self._next_number += F
+        self._last_start_s = last_start_s
+        return [
+            KvBlock.from_page(number, start_s, end_s, page)
+            for number, (start_s, end_s), page in zip(numbers, spans_s, pages_L2GSC, strict=True)
+        ]
+
+    def _continue_after(self, blocks: Sequence[KvBlock]) -> None:
+        first, last = blocks[0], blocks[-1]
+        numbers = [block.number for block in blocks]
+        unbroken = numbers == list(range(first.number, last.number + 1))
+        if not unbroken or (first.number > 0 and len(blocks) * first.tokens < self._window_tokens):
+            raise StreamError(
+                f"blocks {numbers} do not fill the stream's window of {self._window_tokens} tokens: give its newest "
+                "blocks without a gap, or all of them."
+            )
+        pages = [block.page_L2GSC.to(self._model.device) for block in blocks]
+        context_L2GTC = torch.cat((self._sink_L2GSC, *pages), dim=3)
+        self._kept_L2GWC = list(context_L2GTC[..., -self._window_tokens :, :])
+        self._seen_tokens += (last.number + 1) * last.tokens
+        self._next_number = last.number + 1
+        self._last_start_s = last.start_s
+
+
+class _WindowPass:
+    """A `KvContext`: one call's frames, attended one after the other inside the window.
+
+    `kept_L2GWC` are each layer's un-rotated keys and values in the window, the newest of `seen_tokens` tokens that came
+    before. A pass works on its own copy of that list, so one that fails leaves the encoder as it was.
+    """
+
+    def __init__(
+        self,
+        model: KvTextModel,
+        sink_L2GSC: Tensor,
+        window_tokens: int,
+        kept_L2GWC: list[Tensor],
+        seen_tokens: int,
+        pages_L2GSC: list[Tensor],
+    ) -> None:
+        self.pages_L2GSC = pages_L2GSC
+        self.kept_L2GWC = list(kept_L2GWC)
+        self._rotary = model.rotary
+        self._sink_L2GSC = sink_L2GSC
+        self._window_tokens = window_tokens
+        self._seen_tokens = seen_tokens
+        self._masks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, queries_HTC: Tensor, keys_GTC: Tensor, values_GTC: Tensor, scale: float) -> Tensor:
+        S = self.pages_L2GSC[0].shape[3]
+        outputs_HSC: list[Tensor] = []
+        for f, page_L2GSC in enumerate(self.pages_L2GSC):
+            frame = slice(f * S, (f + 1) * S)
+            page_L2GSC[layer, 0], page_L2GSC[layer, 1] = keys_GTC[:, frame], values_GTC[:, frame]
+            context_2GKC = torch.cat((self.kept_L2GWC[layer], page_L2GSC[layer]), dim=2)
+            before = self._seen_tokens + f * S
+            outputs_HSC.append(self._attend_frame(layer, queries_HTC[:, frame], context_2GKC, before, scale))
+            self.kept_L2GWC[layer] = context_2GKC[:, :, -self._window_tokens :]
+        return torch.cat(outputs_HSC, dim=1)
+
+    def _attend_frame(self, layer: int, queries_HSC: Tensor, context_2GKC: Tensor, before: int, scale: float) -> Tensor:
+        _, S, C = queries_HSC.shape
+        K = context_2GKC.shape[2]
+        near_SK, far_SI = self._masks_of(S, K, before)
+        near_HSC = self._rotary.rotate(queries_HSC, K - S)
+        keys_GKC, values_GKC = self._rotary.rotate(context_2GKC[0], 0), context_2GKC[1]
+        if before + S <= self._window_tokens:
+            return attend(near_HSC, keys_GKC, values_GKC, near_SK, scale)
+        # A sink token beyond the window wants the query at another angle than the window's keys do. The query holds
+        # both angles side by side and every key is zero on the half that is not its own: one softmax over all of them.
+        # Values are padded to the same width because fused kernels ask for it.
+        far_HSC = self._rotary.rotate_all_to(queries_HSC, self._window_tokens - 1)
+        sink_keys_GIC, sink_values_GIC = self._sink_L2GSC[layer]
+        output = attend(
+            torch.cat((near_HSC, far_HSC), dim=2),
+            torch.cat((pad(keys_GKC, (0, C)), pad(sink_keys_GIC, (C, 0))), dim=1),
+            pad(torch.cat((values_GKC, sink_values_GIC), dim=1), (0, C)),
+            torch.cat((near_SK, far_SI), dim=1),
+            scale,
+        )
+        return output[..., :C]
+
+    def _masks_of(self, S: int, K: int, before: int) -> tuple[Tensor, Tensor]:
+        """Which of the K newest tokens each of the last S sees, and which sink tokens it sees beyond the window."""
+        sink_tokens = self._sink_L2GSC.shape[3]
+        before = min(before, self._window_tokens + sink_tokens)  # from there on the whole sink is beyond
+        if (K, before) not in self._masks:
+            query_S1 = torch.arange(S, device=self._sink_L2GSC.device)[:, None]
+            distance_SK = query_S1 + (K - S) - torch.arange(K, device=query_S1.device)
+            near_SK = (distance_SK >= 0) & (distance_SK < self._window_tokens)
+            distance_SI = query_S1 + before - torch.arange(sink_tokens, device=query_S1.device)
+            self._masks[K, before] = near_SK, distance_SI >= self._window_tokens
+        return self._masks[K, before]
+
+
+def _check_times(last_start_s: float, spans_s: Sequence[tuple[float, float]]) -> float:
+    for start_s, end_s in spans_s:
+        if not last_start_s <= start_s <= end_s < math.inf:
+            raise StreamError(
+                f"a frame from {start_s:g} to {end_s:g} s cannot follow one that starts at {last_start_s:g} s: "
+                "send frames in time order."
+            )
+        last_start_s = start_s
+    return last_start_s
