@@ -31,13 +31,14 @@ from sparsight.errors import SparsightError
 from sparsight.model.parameters import activated_parameters, total_parameters
 from sparsight.model.upcycle import upcycle
 from sparsight.model.vision_language import VisionLanguageModel
-from sparsight.observe import MetricsWriter, progress_bar
+from sparsight.observe import MetricsWriter, progress_bar, say
 from sparsight.storage import LocalStorage, Storage, open_storage
 
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 STATE = "state.pt"
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _POLL_S = 0.5
 
 
@@ -87,6 +88,7 @@ def train_stage(job: StageJob, rows: Sequence[TrainingRow], steps: int, resource
         workers * resources.threads_per_worker, workers * gpus, resources.start_timeout_s, f"stage '{job.stage.name}'"
     )
     target = open_storage(job.target)
+    _drop_damaged(target)
     filesystem, path = target.arrow()
     trainer = TorchTrainer(
         train_worker,
@@ -111,6 +113,17 @@ def train_stage(job: StageJob, rows: Sequence[TrainingRow], steps: int, resource
             return dict(trainer.fit().metrics or {})
         except TrainingFailedError as error:
             raise _cause(error) from error
+
+
+def _drop_damaged(target: Storage) -> None:
+    """Ray Train's list of checkpoints is not written at once: cut short by a kill, it would refuse to start again."""
+    key = f"{CHECKPOINTS}/{_SNAPSHOT}"
+    if target.exists(key):
+        try:
+            json.loads(target.read_bytes(key))
+        except json.JSONDecodeError:
+            say("the list of checkpoints was cut short by a kill: the stage starts again")
+            target.delete(CHECKPOINTS)
 
 
 def train_worker(config: dict[str, Any]) -> None:

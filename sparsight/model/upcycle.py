@@ -6,6 +6,7 @@ arXiv 2212.05055). All other weights are moved unchanged. Routing drops no token
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,9 @@ def upcycle(dense: VisionLanguageModel, settings: UpcycleConfig, seed: int) -> V
     sparse = sparse_layers(settings.layers, config.text_config.num_hidden_layers)
     config.text_config = _sparse_text_config(config.text_config, settings, sparse)
     torch.manual_seed(seed)
-    model: Any = LlavaOnevisionForConditionalGeneration(config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # Qwen2-MoE's shared expert of width 0
+        model: Any = LlavaOnevisionForConditionalGeneration(config)
     weights = dense.model.state_dict()
     with torch.no_grad():
         for name, target in model.state_dict().items():

@@ -7,6 +7,7 @@ distillation, evaluation, streams and serving.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,12 @@ class VisionLanguageModel:
             raise CheckpointError(f"'{directory}' holds no model (config.json is missing)")
         kernels: dict[str, Any] = {"experts_implementation": experts} if experts else {}
         try:
-            loaded: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(
-                directory, dtype=dtype, attn_implementation=attention, output_loading_info=True, **kernels
-            )
+            with warnings.catch_warnings():
+                # Qwen2-MoE's shared expert of width 0
+                warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+                loaded: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(
+                    directory, dtype=dtype, attn_implementation=attention, output_loading_info=True, **kernels
+                )
             tokenizer = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"cannot load a LLaVA-OneVision model from '{directory}': {error}") from error

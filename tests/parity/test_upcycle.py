@@ -1,0 +1,137 @@
+"""Sparse up-cycling is exact: same logits as the dense model, whatever the family, before and after saving."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
+)
+
+from sparsight.config import UpcycleConfig
+from sparsight.errors import ConfigError
+from sparsight.media.chat import ChatEncoder
+from sparsight.media.pixels import PixelSettings
+from sparsight.model.routing import routers
+from sparsight.model.tiny import IMAGE_TOKEN, make_tokenizer
+from sparsight.model.upcycle import sparse_layers, upcycle
+from sparsight.model.vision_language import VIDEO_TOKEN, VisionLanguageModel
+
+FAMILIES: dict[str, Any] = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+LAYERS = {"qwen3": "every_second", "qwen2": [1, 3], "llama": "all"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer(["what is in the image?", "a red circle"] * 20, 300)
+
+
+def dense_model(family: str, tokenizer: Any) -> VisionLanguageModel:
+    sizes: dict[str, Any] = {"head_dim": 32} if family != "qwen2" else {}
+    text = FAMILIES[family](
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sizes,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=1, image_size=32, patch_size=8,
+        vision_use_head=False,
+    )  # fmt: skip
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        video_token_index=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
+        image_grid_pinpoints=[[32, 32]],
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = LlavaOnevisionForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "language_model" in name and parameter.ndim == 1:  # biases and norms that are not the neutral start
+                parameter += 0.1 * torch.randn_like(parameter)
+    return VisionLanguageModel(model, ChatEncoder(tokenizer, VIDEO_TOKEN), PixelSettings(32))
+
+
+def logits_of(model: VisionLanguageModel) -> torch.Tensor:
+    """Of a conversation with a picture, by the stock forward."""
+    visual = [model.chat.visual_id] * model.visual_tokens()
+    input_ids_BT = torch.tensor([[3, *visual, 40, 41, 42, 43, 44]])
+    pixels = torch.randn(1, 1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.model(input_ids=input_ids_BT, pixel_values_videos=pixels).logits
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("active", [1, 2, 4])
+def test_logits_equal_the_dense_models(family: str, active: int, tokenizer: Any) -> None:
+    dense = dense_model(family, tokenizer)
+    settings = UpcycleConfig(experts=4, active_experts=active, layers=LAYERS[family])
+    sparse = upcycle(dense, settings, seed=3)
+    assert list(routers(sparse)) == sparse_layers(settings.layers, 4)
+    torch.testing.assert_close(logits_of(sparse), logits_of(dense), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # Qwen2-MoE's shared expert of width 0
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_saved_sparse_model_loads_whole_in_plain_transformers(family: str, tokenizer: Any, tmp_path: Path) -> None:
+    sparse = upcycle(dense_model(family, tokenizer), UpcycleConfig(layers=LAYERS[family]), seed=3)
+    sparse.save(tmp_path)
+    loaded, info = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    again = VisionLanguageModel(loaded.eval(), sparse.chat, sparse.pixels)
+    assert torch.equal(logits_of(again), logits_of(sparse))
+    assert torch.equal(logits_of(VisionLanguageModel.load(tmp_path)), logits_of(sparse))
+
+
+def test_equal_seeds_give_equal_routers_and_others_do_not(tokenizer: Any) -> None:
+    dense = dense_model("qwen3", tokenizer)
+    first, again, other = (upcycle(dense, UpcycleConfig(), seed=seed).model.state_dict() for seed in (1, 1, 2))
+    gates = [name for name in first if name.endswith("mlp.gate.weight")]
+    assert len(gates) == 2
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in gates)
+
+
+def test_experts_are_copies_that_can_part(tokenizer: Any) -> None:
+    dense = dense_model("qwen3", tokenizer)
+    sparse = upcycle(dense, UpcycleConfig(layers=[1]), seed=1)
+    experts = sparse.model.model.language_model.layers[1].mlp.experts.down_proj
+    with torch.no_grad():
+        experts[0] += 1.0
+    untouched = dense.model.model.language_model.layers[1].mlp.down_proj.weight
+    assert all(torch.equal(experts[expert], untouched) for expert in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("every_second", [0, 2, 4]), ("first_half", [0, 1]), ("second_half", [2, 3, 4]), ([3, 1, 3], [1, 3])],
+)
+def test_layer_patterns(pattern: Any, expected: list[int]) -> None:
+    assert sparse_layers(pattern, 5) == expected
+
+
+def test_what_cannot_be_made_sparse_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="layers 0 to 4"):
+        sparse_layers([5], 5)
+    with pytest.raises(ConfigError, match="'all'"):
+        upcycle(dense_model("llama", tokenizer), UpcycleConfig(layers=[0]), seed=0)
+    sparse = upcycle(dense_model("qwen3", tokenizer), UpcycleConfig(), seed=0)
+    with pytest.raises(ConfigError, match="qwen3_moe"):
+        upcycle(sparse, UpcycleConfig(), seed=0)
