@@ -66,12 +66,16 @@ def symbols(path: Path) -> Iterator[str]:
 def dead_references(root: Path) -> list[str]:
     """`file: symbol` references in docs/*.md to files or symbols that do not exist."""
     problems: list[str] = []
+    known: dict[Path, set[str]] = {}
     for page in sorted((root / "docs").rglob("*.md")):
         for file, symbol in re.findall(r"`([\w/.]+\.py): ([\w.]+)`", page.read_text()):
             path = root / file
             if not path.is_file():
                 problems.append(f"{page.name}: {file} does not exist")
-            elif symbol not in set(symbols(path)):
+                continue
+            if path not in known:
+                known[path] = set(symbols(path))
+            if symbol not in known[path]:
                 problems.append(f"{page.name}: {file} has no {symbol}")
     return problems
 
