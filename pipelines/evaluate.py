@@ -162,7 +162,7 @@ def _answers(config: RunConfig, models: Sequence[ModelSource], sets: Mapping[str
     while work:
         ready: Any = ray.wait(list(work), num_returns=1)[0][0]
         try:
-            part: Examination = ray.get(next(ready))
+            part: Any = ray.get(next(ready))
         except StopIteration:
             del work[ready]
             continue

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.times import read_times
 from sparsight.artifacts import MANIFEST, Artifact, Manifest, RunDirectory, code_revision, read_manifest
-from sparsight.config import RunConfig
+from sparsight.config import RunConfig, TinyTeacherConfig
 from sparsight.errors import ArtifactError
 from sparsight.evaluate.machine import describe_machine
 from sparsight.evaluate.page import render
@@ -33,7 +33,7 @@ def write_report(config: RunConfig) -> None:
         return
     artifact.begin()
     evaluation = Evaluation.model_validate_json(evaluated.read_bytes("evaluation.json"))
-    pictures = _draw(run, evaluation)
+    pictures = _draw(config, run, evaluation)
     for name, (_, data) in pictures.items():
         artifact.storage.write_bytes(name, data)
     captions = [(name, caption) for name, (caption, _) in pictures.items()]
@@ -104,13 +104,13 @@ def _verdicts(details: Mapping[str, Any]) -> dict[str, str]:
     return {str(reader): str(verdict) for reader, verdict in details.get("verified", {}).items()}
 
 
-def _draw(run: RunDirectory, evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
+def _draw(config: RunConfig, run: RunDirectory, evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
     """Caption and PNG of every plot, by file name."""
     pictures: dict[str, tuple[str, bytes]] = {}
     for test_set in evaluation.baselines:
         caption = f"Accuracy on {test_set}"
         pictures[f"accuracy_{test_set}.png"] = (caption, accuracy_bars(evaluation, test_set))
-    curves = _curves(run)
+    curves = _curves(config, run)
     if curves:
         pictures["training.png"] = ("Training curves", training_curves(curves))
     for name, model in evaluation.models.items():
@@ -121,18 +121,19 @@ def _draw(run: RunDirectory, evaluation: Evaluation) -> dict[str, tuple[str, byt
     return pictures
 
 
-def _curves(run: RunDirectory) -> dict[str, dict[str, Curve]]:
-    """What each stage minimised, by stage: the teacher's first, then the students'."""
+def _curves(config: RunConfig, run: RunDirectory) -> dict[str, dict[str, Curve]]:
+    """What each stage minimised, by stage: the teacher's first, then the students', in the order of the config."""
+    folders = [("teacher: tower", "teacher/tower")]
+    if isinstance(config.teacher, TinyTeacherConfig):
+        folders += [(f"teacher: {stage.name}", f"teacher/{stage.name}") for stage in config.teacher.stages]
+    for student in config.distill.students:
+        folders += [(f"{student.name}: {it.name}", f"students/{student.name}/{it.name}") for it in student.stages]
     found: dict[str, dict[str, Curve]] = {}
-    for folder in ("teacher", "students"):
-        for key in run.storage.keys(folder):
-            if key.endswith(f"/{METRICS}"):
-                rows = read_metrics(run.storage.fetch(key))
-                stage = key.removesuffix(f"/{METRICS}").removeprefix("students/")
-                curves = {name: _curve(rows, name) for name in CURVES if any(name in row for row in rows)}
-                found[stage] = curves or {"loss": _curve(rows, "loss")}
-    return {stage: curves for stage, curves in found.items() if any(curves.values())}
-
-
-def _curve(rows: list[dict[str, Any]], name: str) -> Curve:
-    return [(row["step"], row[name]) for row in rows if name in row]
+    for title, folder in folders:
+        key = f"{folder}/{METRICS}"
+        rows = read_metrics(run.storage.fetch(key)) if run.storage.exists(key) else []
+        terms = [name for name in CURVES if any(name in row for row in rows)] or ["loss"]
+        curves: dict[str, Curve] = {name: [(row["step"], row[name]) for row in rows if name in row] for name in terms}
+        if any(curves.values()):
+            found[title] = curves
+    return found

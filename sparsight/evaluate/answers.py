@@ -6,7 +6,7 @@ through the tower once, for all its questions. Called by `pipelines.evaluate`; s
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TypeVar
 
@@ -85,7 +85,7 @@ def by_pictures(samples: Iterable[Sample], pictures: int, limit: int | None = No
 
 
 def _cut(sample: Sample, turns: int) -> Sample:
-    return Sample(sample.id, sample.frames, sample.turns[:turns], sample.source, sample.frame_times_s)
+    return replace(sample, turns=sample.turns[:turns])
 
 
 def join(parts: Sequence[Examination]) -> Examination:

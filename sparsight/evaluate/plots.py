@@ -14,6 +14,9 @@ from sparsight.evaluate.results import BaselineResult, Evaluation
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 NEUTRAL = "#8c8c8c"
+ON_COLOUR = ("white", "black", "white", "black", "black", "white", "black")
+"""Text that can be read on each of the colours."""
+CURVE_NAMES = {"cross_entropy": "cross-entropy", "forward_kl": "forward KL"}
 WIDTH_IN, DPI = 8.4, 110
 
 Curve = Sequence[tuple[float, float]]
@@ -32,12 +35,12 @@ def accuracy_bars(evaluation: Evaluation, test_set: str) -> bytes:
         values = [share.value for share in shares]
         errors = [[share.value - share.low for share in shares], [share.high - share.value for share in shares]]
         places = [place + (index - (bars - 1) / 2) * width for place in range(len(kinds))]
-        drawn = axes.bar(places, values, width, color=COLOURS[index % len(COLOURS)], label=name)
+        drawn: Any = axes.bar(places, values, width, color=COLOURS[index % len(COLOURS)], label=name)
         axes.errorbar(places, values, yerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-        axes.bar_label(drawn, labels=[f"{value:.2f}" for value in values], fontsize=7, padding=5)
+        _write_values(axes, drawn, values, ON_COLOUR[index % len(COLOURS)])
     _majority_bars(axes, evaluation.baselines[test_set], kinds, width, bars)
     axes.set_xticks(range(len(kinds)), [kind.replace("_", "/") for kind in kinds])
-    axes.set_ylim(0, 1.12)
+    axes.set_ylim(0, 1.02)
     axes.set_ylabel("accuracy (share of questions)")
     axes.set_xlabel("answer type")
     axes.set_title(f"Test set {test_set}: accuracy with 95 % intervals", fontsize=11)
@@ -49,8 +52,15 @@ def _majority_bars(axes: Any, baseline: BaselineResult, kinds: Sequence[str], wi
     shares = [baseline.majority, *(baseline.majority_by_type[kind] for kind in kinds[1:])]
     places = [place + (bars - 1) / 2 * width for place in range(len(kinds))]
     values = [share.value for share in shares]
-    drawn = axes.bar(places, values, width, color="white", edgecolor=NEUTRAL, hatch="///", label="majority answer")
-    axes.bar_label(drawn, labels=[f"{value:.2f}" for value in values], fontsize=7, padding=2)
+    drawn: Any = axes.bar(places, values, width, color="#dddddd", edgecolor=NEUTRAL, label="majority answer")
+    _write_values(axes, drawn, values, "black")
+
+
+def _write_values(axes: Any, bars: Any, values: Sequence[float], colour: str) -> None:
+    """Each value upright at the foot of its bar, where no interval or neighbour is in the way."""
+    for bar, value in zip(bars, values, strict=True):
+        place = bar.get_x() + bar.get_width() / 2
+        axes.text(place, 0.02, f"{value:.3f}", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
 
 
 def training_curves(stages: Mapping[str, Mapping[str, Curve]]) -> bytes:
@@ -65,7 +75,9 @@ def training_curves(stages: Mapping[str, Mapping[str, Curve]]) -> bytes:
         for name, curve in curves.items():
             steps, values = [step for step, _ in curve], [value for _, value in curve]
             axes.plot(steps, values, color=colour_of[name], linewidth=0.6, alpha=0.3)
-            axes.plot(steps, _running_mean(values), color=colour_of[name], linewidth=1.4, label=name.replace("_", " "))
+            axes.plot(
+                steps, _running_mean(values), color=colour_of[name], linewidth=1.4, label=CURVE_NAMES.get(name, name)
+            )
         axes.set_title(stage, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
@@ -80,13 +92,10 @@ def training_curves(stages: Mapping[str, Mapping[str, Curve]]) -> bytes:
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the curve."""
-    keep = 1.0 - 1.0 / max(1.0, len(values) / 20.0)
-    mean, means = values[0] if values else 0.0, list[float]()
-    for value in values:
-        mean = keep * mean + (1.0 - keep) * value
-        means.append(mean)
-    return means
+    """Mean over a centred window of a thirtieth of the curve, shorter at its ends."""
+    half = len(values) // 60
+    windows = (values[max(0, place - half) : place + half + 1] for place in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def expert_load(load: Mapping[int, Mapping[str, Sequence[float]]], title: str) -> bytes:
@@ -95,12 +104,13 @@ def expert_load(load: Mapping[int, Mapping[str, Sequence[float]]], title: str) -
     figure = Figure(figsize=(WIDTH_IN, 1.2 + 0.36 * len(groups)), dpi=DPI, layout="constrained")
     grid: Any = figure.subplots(1, len(load), squeeze=False)
     image: Any = None
+    most = max(max(shares[group]) for shares in load.values() for group in groups)
     for axes, (layer, shares) in zip(grid.flat, load.items(), strict=True):
         table = [list(shares[group]) for group in groups]
-        image = axes.imshow(table, vmin=0.0, vmax=1.0, cmap="cividis", aspect="auto")
+        image = axes.imshow(table, vmin=0.0, vmax=most, cmap="cividis", aspect="auto")
         for row, values in enumerate(table):
             for column, value in enumerate(values):
-                colour = "black" if value > 0.5 else "white"
+                colour = "black" if value > 0.55 * most else "white"
                 axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=8)
         axes.set_title(f"text layer {layer}", fontsize=9)
         axes.set_xticks(range(len(table[0])), [str(expert) for expert in range(len(table[0]))])

@@ -64,7 +64,8 @@ def wilson(value: float, count: float) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share `value` seen on `count` independent trials."""
     spread = Z_95 * math.sqrt(value * (1.0 - value) / count + Z_95**2 / (4.0 * count**2))
     middle, scale = value + Z_95**2 / (2.0 * count), 1.0 + Z_95**2 / count
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    low, high = (middle - spread) / scale, (middle + spread) / scale
+    return max(0.0, min(low, value)), min(1.0, max(high, value))  # rounding must not leave the value outside
 
 
 def difference(right: Sequence[bool], than: Sequence[bool], pictures: Sequence[str]) -> Difference:
@@ -80,7 +81,8 @@ def _per_picture(
     values_N: npt.NDArray[np.float64], pictures: Sequence[str]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     _, index_N = np.unique(np.asarray(pictures), return_inverse=True)
-    return np.bincount(index_N, values_N), np.bincount(index_N, np.ones_like(values_N))
+    sum_P = np.bincount(index_N, values_N).astype(np.float64)
+    return sum_P, np.bincount(index_N).astype(np.float64)
 
 
 def _variance(sum_P: npt.NDArray[np.float64], count_P: npt.NDArray[np.float64]) -> float:

@@ -22,7 +22,7 @@ from sparsight.model.export import largest_difference, probe_ids, probe_logprobs
 from sparsight.model.vision_language import VisionLanguageModel
 
 TOLERANCE = 1e-3
-"""Largest difference of a log-prob between float32 transformers and float32 vLLM: other kernels, other orders of sums."""
+"""Largest difference of a log-prob between float32 transformers and float32 vLLM: kernels sum in other orders."""
 
 NOT_INSTALLED = "not installed"
 UNUSABLE = 3
@@ -67,7 +67,7 @@ def _requests(model: VisionLanguageModel) -> list[dict[str, Any]]:
 
 
 def _run(directory: Path, request: Path, reply: Path, timeout_s: float) -> tuple[int, str]:
-    """Exit status of the vLLM process, and its last line of standard error."""
+    """Exit status of the vLLM process, and the line of standard error that says most."""
     command = [sys.executable, "-m", "sparsight.model.export_vllm", str(directory), str(request), str(reply)]
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -77,7 +77,8 @@ def _run(directory: Path, request: Path, reply: Path, timeout_s: float) -> tuple
     except subprocess.TimeoutExpired as error:
         raise ExportError(f"vLLM did not answer for '{directory}' within {timeout_s:.0f} s: raise the limit") from error
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return done.returncode, lines[-1] if lines else f"exit status {done.returncode}"
+    causes = [line for line in lines if "Error:" in line] or lines  # the engine's own error comes before its wrappers'
+    return done.returncode, causes[0].strip()[:500] if causes else f"exit status {done.returncode}"
 
 
 def answer(directory: str, request: Path, reply: Path) -> int:

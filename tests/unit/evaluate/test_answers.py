@@ -90,9 +90,7 @@ def test_expert_counts_count_every_token_once(
     assert set(totals) == {f"{ANSWER_TOKENS}{turn.answer_type}" for _, turn in asked}
 
 
-def test_pieces_join_to_the_whole(
-    model: VisionLanguageModel, samples: list[Sample], examination: Examination
-) -> None:
+def test_pieces_join_to_the_whole(model: VisionLanguageModel, samples: list[Sample], examination: Examination) -> None:
     pieces = list(by_pictures(samples, pictures=4))
     assert [len({sample.content_hash for sample in piece}) for piece in pieces] == [4, 4, 1]
     assert [sample for piece in pieces for sample in piece] == samples

@@ -81,7 +81,11 @@ def test_baselines_answer_from_training_only() -> None:
             Turn("what shape?", None, "shape"),
         ]
     )
-    test = [asked("is it red?", "no", "yes_no"), asked("is it new?", "yes", "yes_no"), asked("what?", "circle", "shape")]
+    test = [
+        asked("is it red?", "no", "yes_no"),
+        asked("is it new?", "yes", "yes_no"),
+        asked("what?", "circle", "shape"),
+    ]
     assert baselines.constant == "yes"
     assert baselines.majority(test) == [False, True, False]
     assert baselines.type_majority(test) == [False, True, True]
@@ -89,7 +93,11 @@ def test_baselines_answer_from_training_only() -> None:
 
 
 def test_scores_by_answer_type_add_up() -> None:
-    answers = [asked("q", "yes", "yes_no", "Yes"), asked("q", "no", "yes_no", "yes"), asked("q", "red", "colour", "red")]
+    answers = [
+        asked("q", "yes", "yes_no", "Yes"),
+        asked("q", "no", "yes_no", "yes"),
+        asked("q", "red", "colour", "red"),
+    ]
     whole, kinds = score(answers)
     assert (whole.right, whole.count) == (2, 3)
     assert {kind: (found.right, found.count) for kind, found in kinds.items()} == {"colour": (1, 1), "yes_no": (1, 2)}

@@ -1,0 +1,127 @@
+"""Verdicts at their edges, and pages that say what the figures say."""
+
+import json
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from sparsight.evaluate.agreement import Agreement
+from sparsight.evaluate.answers import Answer
+from sparsight.evaluate.page import headline_table, render
+from sparsight.evaluate.plots import accuracy_bars, expert_load, training_curves
+from sparsight.evaluate.report import ArtifactRow, Report, verdicts
+from sparsight.evaluate.results import Evaluation, ModelResult, baseline_result, figures, paired, set_result, shares
+from sparsight.evaluate.scores import Baselines
+from sparsight.records import Turn
+
+RIGHT = {"teacher": 95, "student": 93, "sft_student": 80}
+
+
+def answers(right: int) -> list[Answer]:
+    """100 questions on 50 pictures, the first `right` of them answered."""
+    references = ["yes" if number % 3 else "no" for number in range(100)]
+    return [
+        Answer(str(n), str(n // 2), "is it?", reference, reference if n < right else "", "yes_no")
+        for n, reference in enumerate(references)
+    ]
+
+
+def model(name: str, right: int, activated: int) -> ModelResult:
+    agreement = None if name == "teacher" else Agreement(kl_nats=0.25, top1=0.9, positions=200)
+    return ModelResult(
+        name=name,
+        directory=name,
+        activated_parameters=activated,
+        total_parameters=3000,
+        sets={"easy_vqa": set_result(answers(right), agreement), "scenes": set_result(answers(right - 20), agreement)},
+        tokens_per_s={1: 50.0, 32: 400.0 if name == "teacher" else 500.0},
+        expert_load={"easy_vqa": shares({0: {"text tokens": [10, 30], "answers: yes_no": [1, 1]}})},
+    )
+
+
+@pytest.fixture
+def report() -> Report:
+    blind = Baselines([Turn("is it?", answer, "yes_no") for answer in ("yes", "yes", "no")])
+    evaluation = Evaluation(
+        headline_set="easy_vqa",
+        models={name: model(name, right, 2000 if name == "teacher" else 1500) for name, right in RIGHT.items()},
+        baselines={name: baseline_result(blind, answers(0)) for name in ("easy_vqa", "scenes")},
+        differences={
+            f"student - {other}": paired(answers(RIGHT["student"]), answers(RIGHT[other]))
+            for other in ("teacher", "sft_student")
+        },
+    )
+    return Report(
+        evaluation=evaluation,
+        artifacts=[ArtifactRow(name="signals", kind="signals", counts={"input": 9}, fingerprint="", code_revision="")],
+        stage_seconds={"label": 12.5},
+        store_figures={"signal_bytes_per_token": 99.5},
+        export={"vllm": "not installed"},
+        machine="a machine",
+        revision="a revision",
+    )
+
+
+def test_figures_have_the_names_that_programs_read(report: Report) -> None:
+    found = json.loads(report.to_json())
+    assert (found["machine"], found["revision"]) == ("a machine", "a revision")
+    figure = found["figures"]
+    assert (figure["teacher_accuracy"], figure["student_accuracy"], figure["sft_student_accuracy"]) == (0.95, 0.93, 0.8)
+    assert (figure["teacher_activated_parameters"], figure["student_activated_parameters"]) == (2000, 1500)
+    assert (figure["majority_accuracy"], figure["student_total_parameters"]) == (0.66, 3000)
+    assert (figure["signal_bytes_per_token"], figure["label_wall_s"]) == (99.5, 12.5)
+    assert (figure["student_scenes_accuracy"], figure["student_kl_nats"]) == (0.73, 0.25)
+    assert (figure["student_speed_vs_teacher_batch_1"], figure["student_speed_vs_teacher_batch_32"]) == (1.0, 1.25)
+    assert figure["student_largest_expert_share_layer_0"] == 0.75
+    assert figure["student_minus_teacher"] == pytest.approx(-0.02)
+    assert figure["student_minus_teacher_low"] < -0.02 < figure["student_minus_teacher_high"]
+
+
+def test_the_page_says_what_the_figures_say(report: Report) -> None:
+    page = render(report)
+    for text in (
+        "93.00%",
+        "80.00%",
+        "0.2500",
+        "99.50",
+        "1,500",
+        "1.25 × teacher",
+        "12.5",
+        "not installed",
+        "a machine",
+    ):
+        assert text in page
+    assert "93.00%" in headline_table(report.evaluation)
+
+
+def test_verdicts_follow_the_measured_values(report: Report) -> None:
+    assert [verdict.met for verdict in report.verdicts] == [True, True, True, True]
+    values = report.figures
+    changed = {
+        "teacher_accuracy": 0.9299,
+        "student_accuracy": 0.80,
+        "student_minus_teacher": -0.13,
+        "student_activated_parameters": 2000,
+    }
+    assert [verdict.met for verdict in verdicts(values | changed)] == [False, False, False, False]
+    assert "not beyond chance" in verdicts(values | {"student_minus_sft_student_low": -0.001})[1].measured
+    assert [verdict.goal for verdict in verdicts({"student_accuracy": 1.0})] == []
+
+
+def test_figures_without_a_teacher(report: Report) -> None:
+    students = {name: found for name, found in report.evaluation.models.items() if name != "teacher"}
+    alone = report.evaluation.model_copy(update={"models": students, "differences": {}})
+    assert not [name for name in figures(alone) if "teacher" in name]
+    assert "the teacher" not in render(report.model_copy(update={"evaluation": alone})).splitlines()[2]
+
+
+def test_plots_are_pictures_wide_enough_to_read(report: Report) -> None:
+    load = report.evaluation.models["student"].expert_load["easy_vqa"]
+    curves = {"student: dense": {"forward_kl": [(1, 2.0), (2, 1.0)]}, "student: sparse": {"loss": [(1, 0.0)]}}
+    drawn = [accuracy_bars(report.evaluation, "scenes"), expert_load(load, "load"), training_curves(curves)]
+    for data in drawn:
+        with Image.open(BytesIO(data)) as picture:
+            assert picture.format == "PNG"
+            assert picture.width > 800
+            assert len(picture.convert("RGB").getcolors(2**24) or []) > 20
