@@ -99,8 +99,12 @@ class ArchitectureConfig(Slice):
 
     picture_pixels: int = 64
     patch_pixels: int = 8
+    pixel_mean: float = 0.5
+    """Subtracted from colour values in [0, 1] before the tower."""
+    pixel_std: float = Field(default=0.5, gt=0.0)
+    """Divides them afterwards."""
     tower_width: int = 128
-    tower_layers: int = 3
+    tower_layers: int = 2
     tower_heads: int = 4
     text_width: int = 128
     text_layers: int = 4
@@ -109,6 +113,8 @@ class ArchitectureConfig(Slice):
     head_width: int = Field(default=32, ge=32)
     """Width of one attention head; vLLM's CPU kernels need 32 or more."""
     text_intermediate: int = 384
+    initializer_range: float = Field(default=0.02, gt=0.0)
+    """Standard deviation of the text model's random weights."""
     max_positions: int = 8192
 
 

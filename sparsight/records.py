@@ -6,7 +6,7 @@ written by labelling and read by distillation. Neither knows how it is computed;
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class Sample:
 
     `frames` holds encoded pictures (PNG, JPEG, WebP); a picture is a clip of one frame. `frame_times_s` is as long
     as `frames`. `content_hash` is `hash_frames(frames)`, so equal pictures can be recognised without decoding.
+    `independent` questions do not build on each other: every one is answered from the picture alone, and a model that
+    answers one must not see the others (they would give answers away).
     """
 
     id: str
@@ -42,6 +44,7 @@ class Sample:
     turns: tuple[Turn, ...]
     source: str
     frame_times_s: tuple[float, ...] = (0.0,)
+    independent: bool = False
 
     @property
     def content_hash(self) -> str:
@@ -53,8 +56,7 @@ class Sample:
 
     def without_answers(self) -> "Sample":
         """The same sample with every answer withheld: what a teacher is given to label."""
-        turns = tuple(Turn(turn.question, None, turn.answer_type) for turn in self.turns)
-        return Sample(self.id, self.frames, turns, self.source, self.frame_times_s)
+        return replace(self, turns=tuple(replace(turn, answer=None) for turn in self.turns))
 
     def to_row(self) -> dict[str, Any]:
         return {
@@ -65,6 +67,7 @@ class Sample:
             "conversation": conversation_of(self.turns),
             "answer_types": [turn.answer_type for turn in self.turns],
             "source": self.source,
+            "independent": self.independent,
         }
 
     @staticmethod
@@ -81,6 +84,7 @@ class Sample:
             turns=turns,
             source=str(row["source"]),
             frame_times_s=tuple(float(time_s) for time_s in row["frame_times_s"]),
+            independent=bool(row["independent"]),
         )
 
 
@@ -111,6 +115,7 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("conversation", pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))),
         pa.field("answer_types", pa.list_(pa.string())),
         pa.field("source", pa.string()),
+        pa.field("independent", pa.bool_()),
     ],
     metadata={"sparsight.samples": str(SAMPLES_VERSION)},
 )

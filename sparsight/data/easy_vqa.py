@@ -73,7 +73,11 @@ def _rows(
             fault = str(error)
         for part, turns in enumerate(parts):
             row = f"{SOURCE}/{split}/{picture}/{part}"
-            yield Quarantined(row, str(path), fault) if fault else Sample(row, (content,), turns, SOURCE)
+            yield (
+                Quarantined(row, str(path), fault)
+                if fault
+                else Sample(row, (content,), turns, SOURCE, independent=True)
+            )
 
 
 def _read_questions(path: Path, split: str) -> tuple[dict[int, list[Turn]], list[Quarantined]]:

@@ -48,7 +48,7 @@ def scene_samples(
             continue
         turns = ask(scene, random)
         for part, piece in enumerate(pieces(turns, turns_per_sample)):
-            yield Sample(f"scenes/{split}/{made}/{part}", (picture,), piece, "scenes")
+            yield Sample(f"scenes/{split}/{made}/{part}", (picture,), piece, "scenes", independent=True)
         made += 1
 
 

@@ -16,6 +16,7 @@ from sparsight.distill.losses import ResponseTargets, SparseTargetTensors
 from sparsight.distill.pictures import Clips, Pictures
 from sparsight.distill.rows import TrainingRow
 from sparsight.errors import ConfigError
+from sparsight.model.packing import Packing, pack
 
 WINDOW_STEPS = 16
 """Rows are sorted by length among so many steps, so that a batch holds little padding."""
@@ -87,6 +88,7 @@ class Batch:
     clips: Clips
     selected_N: torch.Tensor
     targets: ResponseTargets
+    packing: Packing | None
 
 
 def collate(rows: Sequence[TrainingRow], pictures: Pictures, pad_id: int, ce_weight: float, kl_weight: float) -> Batch:
@@ -114,7 +116,8 @@ def collate(rows: Sequence[TrainingRow], pictures: Pictures, pad_id: int, ce_wei
     )
     clips = pictures.load([row.content_hash for row in rows])
     selected_N = torch.from_numpy(np.concatenate(flat).astype(np.int64))
-    return Batch(torch.from_numpy(ids_BT), torch.from_numpy(mask_BT), clips, selected_N, targets)
+    packing = pack([row.starts for row in rows], length)
+    return Batch(torch.from_numpy(ids_BT), torch.from_numpy(mask_BT), clips, selected_N, targets, packing)
 
 
 def _sparse(rows: Sequence[TrainingRow]) -> SparseTargetTensors:

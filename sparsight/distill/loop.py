@@ -53,7 +53,7 @@ class StudentStep(nn.Module):
         student = self._student
         visual_ND = _visual_embeds(student, batch.clips)
         with trace_routers(student) as trace:
-            hidden_BTD = student.hidden(batch.input_ids_BT, batch.mask_BT, visual_ND)
+            hidden_BTD = student.hidden(batch.input_ids_BT, batch.mask_BT, visual_ND, batch.packing)
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.selected_N]
         head_VD = student.head_VD if self._vocabulary is None else student.head_VD[: self._vocabulary]
         response = response_loss(hidden_ND, head_VD, batch.targets, self._tail)
@@ -200,5 +200,10 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
         sparse=moved,
     )
     return Batch(
-        batch.input_ids_BT.to(device), batch.mask_BT.to(device), batch.clips, batch.selected_N.to(device), targets
+        batch.input_ids_BT.to(device),
+        batch.mask_BT.to(device),
+        batch.clips,
+        batch.selected_N.to(device),
+        targets,
+        batch.packing,
     )

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsight.errors import AlignmentError
-from sparsight.media.chat import ChatEncoder
+from sparsight.media.chat import ChatEncoder, EncodedChat
 from sparsight.records import Sample, SparseTargets, TeacherSignal, Turn, hash_response
 
 
@@ -22,7 +22,8 @@ class TrainingRow:
 
     `positions_n` are the positions of the answers' tokens in `input_ids`, the hidden state one earlier predicts each.
     `is_truth_n` marks tokens of answers that are ground truth (cross-entropy counts only those); `targets` are the
-    teacher's distributions at the same n positions, None where there is no teacher.
+    teacher's distributions at the same n positions, None where there is no teacher. `starts` is where each of
+    several independent questions begins, empty for a conversation.
     """
 
     id: str
@@ -31,6 +32,7 @@ class TrainingRow:
     positions_n: npt.NDArray[np.int32]
     is_truth_n: npt.NDArray[np.bool_]
     targets: SparseTargets | None = None
+    starts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -57,11 +59,16 @@ class RowMaker:
         rows: list[TrainingRow] = []
         for sample in samples:
             if sample.has_ground_truth:
-                encoded = self.chat.encode(sample.turns, self.visual_tokens(len(sample.frames)))
+                encoded = self._chat_of(sample.independent, sample.turns, self.visual_tokens(len(sample.frames)))
                 positions_n = encoded.response_positions_n.astype(np.int32)
                 ids, truth_n = np.asarray(encoded.input_ids, np.int32), np.ones(len(positions_n), np.bool_)
-                rows.append(TrainingRow(sample.id, sample.content_hash, ids, positions_n, truth_n))
+                hashed = sample.content_hash
+                rows.append(TrainingRow(sample.id, hashed, ids, positions_n, truth_n, starts=encoded.starts))
         return rows
+
+    def _chat_of(self, independent: bool, turns: Sequence[Turn], visual_tokens: int) -> EncodedChat:
+        encode = self.chat.encode_independent if independent else self.chat.encode
+        return encode(turns, visual_tokens)
 
     def check_tokenizer(self, fingerprint: str | None) -> None:
         """Raises `AlignmentError` unless the signals were written with the student's tokenizer."""
@@ -94,35 +101,37 @@ class RowMaker:
                 "use towers and patch sizes that agree, or set distill.same_visual_tokens: false",
             )
         answers = _cut(signal)
-        ids, positions_n = self._encode(sample, signal, answers, visual_tokens)
+        ids, positions_n, starts = self._encode(sample, signal, answers, visual_tokens)
         if hash_response(ids[positions_n]) != signal.response_hash:
             raise _misfit(sample.id, "the student cuts its answers into other tokens", "use the teacher's tokenizer")
         self._check_targets(sample.id, signal.targets, len(positions_n))
         truth_n = np.repeat(~np.asarray(signal.answered_by_teacher), signal.answer_lengths)
-        return TrainingRow(sample.id, signal.content_hash, ids, positions_n, truth_n, signal.targets)
+        return TrainingRow(sample.id, signal.content_hash, ids, positions_n, truth_n, signal.targets, starts)
 
     def _encode(
         self, sample: Sample, signal: TeacherSignal, answers: Sequence[npt.NDArray[np.int32]], visual_tokens: int
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], tuple[int, ...]]:
         """Given answers are tokenized by the student; the teacher's own are the very tokens that it wrote."""
         turns = [
             replace(turn, answer="") if by_teacher else turn
             for turn, by_teacher in zip(sample.turns, signal.answered_by_teacher, strict=True)
         ]
-        encoded = self.chat.encode(turns, visual_tokens)
+        encoded = self._chat_of(sample.independent, turns, visual_tokens)
         ids: list[int] = []
         positions: list[int] = []
+        starts: list[int] = []
         read = 0
         for (start, end), answer, by_teacher in zip(
             encoded.answer_spans, answers, signal.answered_by_teacher, strict=True
         ):
+            starts += [first + len(ids) - read for first in encoded.starts if read <= first < start]
             ids += encoded.input_ids[read:start]
             written = answer.tolist() if by_teacher else encoded.input_ids[start:end]
             positions += range(len(ids), len(ids) + len(written))
             ids += written
             read = end
         ids += encoded.input_ids[read:]
-        return np.asarray(ids, np.int32), np.asarray(positions, np.int32)
+        return np.asarray(ids, np.int32), np.asarray(positions, np.int32), tuple(starts)
 
     def _check_targets(self, row: str, targets: SparseTargets, positions: int) -> None:
         if len(targets) != positions:

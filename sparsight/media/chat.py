@@ -24,11 +24,16 @@ _MARK = "\ue000"
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """Token ids of a whole conversation; `answer_spans` are [start, end) of each answer with its end-of-turn token."""
+    """Token ids of a whole conversation; `answer_spans` are [start, end) of each answer with its end-of-turn token.
+
+    `starts` is empty for a conversation. For independent questions it says where each begins after the picture that
+    they share: attention must then be packed (`sparsight.model.packing`), so that none sees another.
+    """
 
     input_ids: list[int]
     answer_spans: list[tuple[int, int]]
     visual_tokens: int
+    starts: tuple[int, ...] = ()
 
     @property
     def response_positions_n(self) -> npt.NDArray[np.int64]:
@@ -100,6 +105,21 @@ class ChatEncoder:
             spans.append((len(input_ids), len(input_ids) + len(answer_ids)))
             input_ids += answer_ids + rest_ids
         return EncodedChat(input_ids, spans, visual_tokens)
+
+    def encode_independent(self, turns: Sequence[Turn], visual_tokens: int) -> EncodedChat:
+        """Questions that share one picture and nothing else: the picture once, then what follows it in each prompt."""
+        alone = [self.encode([turn], visual_tokens) for turn in turns]
+        last_visual = max(index for index, token in enumerate(alone[0].input_ids) if token == self.visual_id)
+        input_ids = alone[0].input_ids[: last_visual + 1]
+        starts: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for chat in alone:
+            assert chat.input_ids[: last_visual + 1] == input_ids[: last_visual + 1]
+            shift = len(input_ids) - last_visual - 1
+            starts.append(len(input_ids))
+            spans += [(start + shift, end + shift) for start, end in chat.answer_spans]
+            input_ids = input_ids + chat.input_ids[last_visual + 1 :]
+        return EncodedChat(input_ids, spans, visual_tokens, tuple(starts))
 
     def turn_prompts(self, turns: Sequence[Turn], visual_tokens: int) -> list[list[int]]:
         """What to feed before each answer: the first holds the picture, later ones what follows an answer's end."""

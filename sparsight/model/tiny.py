@@ -77,7 +77,8 @@ def make_dense(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> V
     model = LlavaOnevisionForConditionalGeneration(_config(architecture, tokenizer))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    pixels = PixelSettings(architecture.picture_pixels)
+    mean, std = architecture.pixel_mean, architecture.pixel_std
+    pixels = PixelSettings(architecture.picture_pixels, (mean, mean, mean), (std, std, std))
     return VisionLanguageModel(model.eval(), ChatEncoder(tokenizer, VIDEO_TOKEN), pixels)
 
 
@@ -101,6 +102,7 @@ def _config(architecture: ArchitectureConfig, tokenizer: Any) -> LlavaOnevisionC
         num_key_value_heads=architecture.text_key_value_heads,
         head_dim=architecture.head_width,
         max_position_embeddings=architecture.max_positions,
+        initializer_range=architecture.initializer_range,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 from sparsight.errors import CheckpointError
 from sparsight.media.chat import ChatEncoder
 from sparsight.media.pixels import PixelSettings
+from sparsight.model.packing import Packing
 from sparsight.model.processor import write_processor
 
 VIDEO_TOKEN = "<video>"
@@ -125,11 +126,24 @@ class VisionLanguageModel:
         return embeds_BTD.masked_scatter(mask_BT[..., None], visual_ND.to(embeds_BTD.dtype))
 
     def hidden(
-        self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor, visual_ND: torch.Tensor | None
+        self,
+        input_ids_BT: torch.Tensor,
+        attention_mask_BT: torch.Tensor,
+        visual_ND: torch.Tensor | None,
+        packing: Packing | None = None,
     ) -> torch.Tensor:
-        """Last hidden states [B, T, D] of right-padded sequences: what the head would read."""
+        """Last hidden states [B, T, D] of right-padded sequences: what the head would read.
+
+        With a `packing`, independent questions of a row do not see each other.
+        """
         embeds_BTD = self.embed(input_ids_BT, visual_ND)
-        outputs = self.text_model(inputs_embeds=embeds_BTD, attention_mask=attention_mask_BT, use_cache=False)
+        mask, positions_BT = (attention_mask_BT, None) if packing is None else packing
+        outputs = self.text_model(
+            inputs_embeds=embeds_BTD,
+            attention_mask=mask.to(self.device),
+            position_ids=None if positions_BT is None else positions_BT.to(self.device),
+            use_cache=False,
+        )
         return outputs.last_hidden_state
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sparsight.errors import DataError
 from sparsight.media.images import decode
-from sparsight.records import Quarantined, Sample, TeacherSignal, Turn, hash_response
+from sparsight.records import Quarantined, Sample, SparseTargets, TeacherSignal, Turn, hash_response
 from sparsight.teacher.protocol import SignalSettings
 from sparsight.teacher.targets import cut, tail_uniforms, targets_of_hidden
 
@@ -37,7 +37,8 @@ class EncodedSample:
     """The token ids of a whole conversation, visual tokens included, and where its answers stand.
 
     `response_positions_n` are the positions of all answer tokens with their end-of-turn tokens; the hidden state one
-    position earlier predicts each. `inputs` is whatever else the model needs for this row.
+    position earlier predicts each. `inputs` is whatever else the model needs for this row. `starts` is where each of
+    several independent questions begins, empty for a conversation.
     """
 
     place: int
@@ -46,6 +47,7 @@ class EncodedSample:
     answer_lengths: tuple[int, ...]
     visual_tokens: int
     inputs: Any
+    starts: tuple[int, ...] = ()
 
 
 class TeacherModel(Protocol):
@@ -106,6 +108,55 @@ def label_samples(
             results[row.place] = signal
     assert all(result is not None for result in results)
     return [result for result in results if result is not None]
+
+
+def label_questions_apart(
+    model: TeacherModel, settings: SignalSettings, samples: Sequence[Sample]
+) -> list[TeacherSignal | Quarantined]:
+    """`label_samples` for a model that cannot pack: every independent question is a row of its own until the end."""
+    parts = [_single_questions(sample) for sample in samples]
+    results = iter(label_samples(model, settings, [part for group in parts for part in group]))
+    return [_join(sample, [next(results) for _ in group]) for sample, group in zip(samples, parts, strict=True)]
+
+
+def _single_questions(sample: Sample) -> list[Sample]:
+    if not sample.independent or len(sample.turns) < 2:
+        return [sample]
+    return [replace(sample, id=f"{sample.id}#{index}", turns=(turn,)) for index, turn in enumerate(sample.turns)]
+
+
+def _join(sample: Sample, parts: Sequence[TeacherSignal | Quarantined]) -> TeacherSignal | Quarantined:
+    """One sample's signal from its questions' signals; one unusable question makes the sample unusable."""
+    signals: list[TeacherSignal] = []
+    for part in parts:
+        if isinstance(part, Quarantined):
+            return replace(part, id=sample.id)
+        signals.append(part)
+    targets = [signal.targets for signal in signals]
+    response_ids_n = np.concatenate([signal.response_ids_n for signal in signals])
+    return replace(
+        signals[0],
+        id=sample.id,
+        response_ids_n=response_ids_n,
+        answer_lengths=tuple(length for signal in signals for length in signal.answer_lengths),
+        answered_by_teacher=tuple(flag for signal in signals for flag in signal.answered_by_teacher),
+        label_logprobs_n=np.concatenate([signal.label_logprobs_n for signal in signals]),
+        targets=SparseTargets(
+            head_ids_nK=np.concatenate([target.head_ids_nK for target in targets]),
+            head_logprobs_nK=np.concatenate([target.head_logprobs_nK for target in targets]),
+            tail_mass_n=np.concatenate([target.tail_mass_n for target in targets]),
+            tail_ids_nS=np.concatenate([target.tail_ids_nS for target in targets]),
+            tail_logprobs_nS=np.concatenate([target.tail_logprobs_nS for target in targets]),
+        ),
+        response_hash=hash_response(response_ids_n),
+    )
+
+
+def questions_apart(row: OpenSample) -> list[OpenSample]:
+    """A conversation as it is; a row of independent questions as one row a question."""
+    if not row.sample.independent:
+        return [row]
+    return [replace(row, sample=replace(row.sample, turns=(turn,))) for turn in row.sample.turns]
 
 
 def _open(place: int, sample: Sample, settings: SignalSettings) -> OpenSample | Quarantined:

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from sparsight.errors import CheckpointError, DataError
 from sparsight.media.chat import ChatEncoder
 from sparsight.records import Quarantined, Sample, TeacherSignal, Turn
-from sparsight.teacher.flow import EncodedSample, OpenSample, label_samples
+from sparsight.teacher.flow import EncodedSample, OpenSample, label_questions_apart
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 
 _MARK = "\ue000"
@@ -63,7 +63,7 @@ class HfTeacher:
         return cls(model.to(device).eval(), processor, identity, settings)
 
     def label(self, samples: Sequence[Sample]) -> list[TeacherSignal | Quarantined]:
-        return label_samples(self._model, self.settings, samples)
+        return label_questions_apart(self._model, self.settings, samples)
 
 
 def visual_token_of(config: Any, tokenizer: Any) -> str:

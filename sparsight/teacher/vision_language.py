@@ -14,9 +14,10 @@ import torch
 from sparsight.media.chat import ChatEncoder
 from sparsight.media.pixels import to_pixels
 from sparsight.model.decode import BatchDecoder
+from sparsight.model.packing import pack
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.records import Quarantined, Sample, TeacherSignal
-from sparsight.teacher.flow import EncodedSample, OpenSample, label_samples
+from sparsight.teacher.flow import EncodedSample, OpenSample, label_samples, questions_apart
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 
 
@@ -70,7 +71,16 @@ class OneVisionModel:
     def answer(
         self, rows: Sequence[OpenSample], seen: Sequence[torch.Tensor], max_tokens: int
     ) -> list[tuple[str, ...]]:
-        """All rows advance turn by turn: feed a question, write the answer or feed the given one."""
+        """Conversations advance together, turn by turn; every independent question is a conversation of its own."""
+        apart = [apart_row for row in rows for apart_row in questions_apart(row)]
+        tokens = [view for row, view in zip(rows, seen, strict=True) for _ in questions_apart(row)]
+        texts = iter(self._converse(apart, tokens, max_tokens))
+        return [tuple(text for _ in questions_apart(row) for text in next(texts)) for row in rows]
+
+    def _converse(
+        self, rows: Sequence[OpenSample], seen: Sequence[torch.Tensor], max_tokens: int
+    ) -> list[tuple[str, ...]]:
+        """Feed a question, write the answer or feed the given one; then the next turn."""
         decoder = BatchDecoder(self.model, len(rows))
         prompts = [
             self.chat.turn_prompts(row.sample.turns, len(tokens)) for row, tokens in zip(rows, seen, strict=True)
@@ -100,13 +110,16 @@ class OneVisionModel:
         return [] if written[-1:] == [self.chat.end_id] else [self.chat.end_id]
 
     def encode(self, row: OpenSample, seen: torch.Tensor) -> EncodedSample:
-        chat = self.chat.encode(row.sample.turns, len(seen))
+        encode = self.chat.encode_independent if row.sample.independent else self.chat.encode
+        chat = encode(row.sample.turns, len(seen))
         lengths = tuple(end - start for start, end in chat.answer_spans)
-        return EncodedSample(row.place, chat.input_ids, chat.response_positions_n, lengths, len(seen), seen)
+        positions_n = chat.response_positions_n
+        return EncodedSample(row.place, chat.input_ids, positions_n, lengths, len(seen), seen, chat.starts)
 
     def response_hidden(self, rows: Sequence[EncodedSample]) -> torch.Tensor:
         ids_BT, mask_BT = self.model.pad([row.input_ids for row in rows])
-        hidden_BTD = self.model.hidden(ids_BT, mask_BT, torch.cat([row.inputs for row in rows]))
+        packing = pack([row.starts for row in rows], ids_BT.shape[1])
+        hidden_BTD = self.model.hidden(ids_BT, mask_BT, torch.cat([row.inputs for row in rows]), packing)
         before_n = np.concatenate(
             [index * ids_BT.shape[1] + row.response_positions_n - 1 for index, row in enumerate(rows)]
         )
