@@ -23,15 +23,7 @@ def connect(resources: ResourcesConfig) -> None:
     Raises `SparsightError` if the named cluster cannot be reached.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; without it, it warns
-    try:
-        runtime.connect(resources.num_cpus)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        address = os.environ.get("RAY_ADDRESS")
-        if address is None:
-            raise
-        raise SparsightError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start it, or unset RAY_ADDRESS to run here"
-        ) from error
+    runtime.connect(resources.num_cpus)
     _quiet_data()
 
 
