@@ -5,7 +5,9 @@ on this machine: `python -m serve_apps.app --config configs/tiny.yaml` or `--mod
 """
 
 import argparse
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +25,7 @@ from sparsight.config import ServeConfig, load
 from sparsight.errors import ConfigError, SparsightError
 from sparsight.observe import say
 
+APPLICATION = "sparsight"
 INGRESS_REQUESTS = 256
 """Requests that one ingress replica has in hand; those beyond what the models take are refused from there."""
 STREAM_REQUESTS = 16
@@ -59,24 +62,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = _settings(arguments.config, arguments.overrides, arguments.model)
         application = build(settings)
+        connect()
     except SparsightError as error:
         say(f"error: {error}")
         return 2
-    connect()
+    stopped = threading.Event()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, lambda *_: stopped.set())
     run(application, settings.serve)
     say(f"serving {settings.model} at http://{settings.serve.host}:{settings.serve.port}/v1 (Ctrl-C stops it)")
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        serve.shutdown()
+    stopped.wait()
+    serve.delete(APPLICATION)
     return 0
 
 
 def run(application: Application, config: ServeConfig) -> None:
     """Deploy on the connected cluster and wait until requests are answered."""
     serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
-    serve.run(application, name="sparsight", route_prefix="/")
+    serve.run(application, name=APPLICATION, route_prefix="/")
 
 
 def _settings(config_path: str | None, overrides: Sequence[str], model: str | None) -> ServiceSettings:

@@ -54,7 +54,7 @@ class StudentReplica:
                 if event.finish:
                     yield replace(event, text=text)
 
-    @serve.batch()
+    @serve.batch()  # pyright: ignore  (its types know methods that return, not generators)
     async def _decode(self, chats: list[PreparedChat]) -> AsyncIterator[list[Started | Piece | type[StopIteration]]]:
         """Serve calls this with the chats of one batch; StopIteration ends the answer of its place."""
         yield [Started(len(chat.prompt_ids), len(chats)) for chat in chats]

@@ -13,7 +13,7 @@ import openai
 import pytest
 from PIL import Image
 
-from serve_apps.app import build
+from serve_apps.app import build, main
 from serve_apps.settings import ServiceSettings
 from sparsight.errors import ArtifactError
 from tests.ray.serve_case import MODEL, data_uri, error_of, serving
@@ -246,6 +246,9 @@ def test_the_client_raises_its_own_errors(client: openai.OpenAI) -> None:
     assert wrong.value.param == "n"
 
 
-def test_an_unfinished_export_is_not_served(tmp_path: Path) -> None:
+def test_an_unfinished_export_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ArtifactError, match=r"manifest\.json is missing"):
         build(ServiceSettings(model=str(tmp_path)))
+    assert main(["--model", str(tmp_path)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: '{tmp_path}' holds no finished artefact")
