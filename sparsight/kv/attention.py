@@ -95,9 +95,10 @@ class Rotary:
         return self._apply(x_HTC, position, position + 1)
 
     def _apply(self, x_HTC: Tensor, start: int, end: int) -> Tensor:
-        if end > self._cos_sin_2PC.shape[1]:
-            self._cos_sin_2PC = self._table(2 * end)
-        cos_TC, sin_TC = self._cos_sin_2PC[:, start:end]
+        cos_sin_2PC = self._cos_sin_2PC  # another thread may put a table of another length in its place
+        if end > cos_sin_2PC.shape[1]:
+            cos_sin_2PC = self._cos_sin_2PC = self._table(2 * end)
+        cos_TC, sin_TC = cos_sin_2PC[:, start:end]
         first, second = x_HTC.chunk(2, dim=-1)
         return x_HTC * cos_TC + torch.cat((-second, first), dim=-1) * sin_TC
 

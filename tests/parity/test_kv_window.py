@@ -1,0 +1,113 @@
+"""The sliding window against its rule, written out token by token."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsight.kv.encoder import StreamEncoder, encode_sink
+from tests.unit.kv.tiny_stream import FRAME_TOKENS, SINK_IDS, TinyStream, encode, frames_of, spans_of, tiny_stream
+
+FRAMES = 9
+SINK_TOKENS = len(SINK_IDS)
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3_moe"])
+def stream(request: pytest.FixtureRequest) -> TinyStream:
+    return tiny_stream(request.param)
+
+
+class EveryPair:
+    """The rule: a token sees those less than `window` before it at their distance, and the sink tokens further back at
+    distance window - 1. Attends the whole stream at once, one query after the other."""
+
+    def __init__(self, stream: TinyStream, window: int) -> None:
+        self.keys_and_values_2GTC: list[Tensor] = []
+        self._window = window
+        self._inverse_C2 = stream.text_model.get_submodule("rotary_emb").inv_freq
+
+    def attend(self, layer: int, queries_HTC: Tensor, keys_GTC: Tensor, values_GTC: Tensor, scale: float) -> Tensor:
+        self.keys_and_values_2GTC.append(torch.stack((keys_GTC, values_GTC)))
+        group = len(queries_HTC) // len(keys_GTC)
+        keys_HTC, values_HTC = keys_GTC.repeat_interleave(group, 0), values_GTC.repeat_interleave(group, 0)
+        outputs_HC = []
+        for token in range(queries_HTC.shape[1]):
+            seen = [key for key in range(token + 1) if key < SINK_TOKENS or token - key < self._window]
+            distances_K = torch.tensor([min(token - key, self._window - 1) for key in seen])
+            queries_HKC = self._turned(queries_HTC[:, token, None], distances_K)
+            weights_HK = ((queries_HKC * keys_HTC[:, seen]).sum(-1) * scale).softmax(-1)
+            outputs_HC.append((weights_HK[..., None] * values_HTC[:, seen]).sum(1))
+        return torch.stack(outputs_HC, dim=1)
+
+    def _turned(self, x_H1C: Tensor, by_K: Tensor) -> Tensor:
+        first, second = x_H1C.chunk(2, dim=-1)
+        turned = torch.complex(first, second) * torch.exp(1j * by_K[:, None] * self._inverse_C2)
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+# The sink leaves the window in the middle of a frame, at a frame's edge, and before the first frame is complete.
+@pytest.mark.parametrize("window", [23, 24, 25, 12, 7, 5])
+def test_every_block_follows_the_rule(stream: TinyStream, window: int) -> None:
+    frames_FSD = frames_of(stream, FRAMES)
+    pairs = EveryPair(stream, window)
+    stream.kv_model.run(torch.cat((stream.kv_model.embed(SINK_IDS), frames_FSD.flatten(0, 1))), pairs)
+    expected_L2GTC = torch.stack(pairs.keys_and_values_2GTC)
+    sink, blocks = encode(stream, frames_FSD, window)
+    pages = torch.cat([block.page_L2GSC for block in (sink, *blocks)], dim=3)
+    torch.testing.assert_close(pages, expected_L2GTC, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("window", [500, 23, 20])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_blocks_do_not_depend_on_the_calls_they_came_in(stream: TinyStream, window: int, chunk: int) -> None:
+    frames_FSD = frames_of(stream, FRAMES)
+    sink, at_once = encode(stream, frames_FSD, window)
+    encoder = StreamEncoder(stream.kv_model, sink, window)
+    blocks = [
+        block
+        for first in range(0, FRAMES, chunk)
+        for block in encoder.encode(frames_FSD[first : first + chunk], spans_of(chunk, first))
+    ]
+    assert [(block.number, block.start_s) for block in blocks] == [(block.number, block.start_s) for block in at_once]
+    for block, expected in zip(blocks, at_once, strict=True):
+        torch.testing.assert_close(block.page_L2GSC, expected.page_L2GSC, atol=2e-5, rtol=2e-5)
+
+
+# The whole stream, a tail that just fills the window, and fewer blocks than the sink needs to leave it.
+@pytest.mark.parametrize(("window", "before", "given"), [(500, 6, 6), (23, 6, 6), (23, 6, 5), (25, 3, 3), (5, 4, 1)])
+def test_another_encoder_goes_on_from_the_newest_blocks(
+    stream: TinyStream, window: int, before: int, given: int
+) -> None:
+    frames_FSD = frames_of(stream, FRAMES)
+    sink, blocks = encode(stream, frames_FSD, window)
+    heir = StreamEncoder(stream.kv_model, sink, window, blocks[before - given : before])
+    rest = heir.encode(frames_FSD[before:], spans_of(FRAMES - before, before))
+    assert [block.number for block in rest] == list(range(before, FRAMES))
+    for block, expected in zip(rest, blocks[before:], strict=True):
+        torch.testing.assert_close(block.page_L2GSC, expected.page_L2GSC, atol=2e-5, rtol=2e-5)
+
+
+def test_what_is_kept_and_what_is_seen_is_bounded(stream: TinyStream) -> None:
+    window = 23
+    frames_FSD = frames_of(stream, 30)
+    encoder = StreamEncoder(stream.kv_model, encode(stream, frames_FSD[:1])[0], window)
+    kept = []
+    for frame in range(30):
+        encoder.encode(frames_FSD[frame : frame + 1], spans_of(1, frame))
+        kept.append(encoder.kept_tokens)
+    assert kept == [min(SINK_TOKENS + FRAME_TOKENS * (frame + 1), window) for frame in range(30)]
+
+
+def test_a_frame_far_back_is_forgotten_and_the_sink_is_not(stream: TinyStream) -> None:
+    window = 12
+    frames_FSD = frames_of(stream, 20)
+    changed_FSD = torch.cat((frames_of(stream, 1, seed=5), frames_FSD[1:]))
+    _, blocks = encode(stream, frames_FSD, window)
+    _, others = encode(stream, changed_FSD, window)
+    layers, reach = stream.kv_model.layers, window // FRAME_TOKENS + 1
+    assert not torch.allclose(blocks[1].page_L2GSC, others[1].page_L2GSC)
+    # Through each layer, what a token knows reaches one window further back.
+    torch.testing.assert_close(blocks[layers * reach].page_L2GSC, others[layers * reach].page_L2GSC)
+
+    other_sink = encode_sink(stream.kv_model, SINK_IDS + 1)
+    others = StreamEncoder(stream.kv_model, other_sink, window).encode(frames_FSD, spans_of(20))
+    assert not torch.allclose(blocks[-1].page_L2GSC, others[-1].page_L2GSC, atol=1e-4)

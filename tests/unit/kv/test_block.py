@@ -1,0 +1,74 @@
+"""Blocks: one page, its views, its digest, its way through bytes."""
+
+import pickle
+
+import pytest
+import torch
+
+from sparsight.errors import StreamError
+from sparsight.kv.block import KvBlock
+
+
+def block_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> KvBlock:
+    page_L2GSC = torch.randn(3, 2, 2, 5, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return KvBlock.from_page(7, 1.25, 2.5, page_L2GSC)
+
+
+def test_keys_and_values_are_views_of_one_page() -> None:
+    block = block_of()
+    page = block.page_L2GSC
+    assert page.is_contiguous()
+    storage = page.untyped_storage()
+    assert storage.nbytes() == page.nbytes
+    for view in (block.keys_LGSC, block.values_LGSC):
+        assert view.shape == (3, 2, 5, 8)
+        assert view.untyped_storage().data_ptr() == storage.data_ptr()
+    assert page[1].is_contiguous(), "one layer is one run of bytes"
+    assert torch.equal(torch.stack((block.keys_LGSC, block.values_LGSC), dim=1), page)
+    assert block.tokens == 5
+    assert block.nbytes == page.nbytes + 3 * 2 * 8 * 4
+
+
+def test_the_index_vector_is_the_mean_key() -> None:
+    block = block_of(torch.bfloat16)
+    assert block.mean_keys_LGC.dtype == torch.float32
+    torch.testing.assert_close(block.mean_keys_LGC, block.keys_LGSC.float().mean(2))
+
+
+def test_equal_pages_have_equal_digests() -> None:
+    block = block_of()
+    later = KvBlock.from_page(8, 9.0, 9.5, block.page_L2GSC.clone())
+    assert later.digest == block.digest
+    changed = block.page_L2GSC.clone()
+    changed[2, 1, 1, 4, 7] = -changed[2, 1, 1, 4, 7]
+    assert KvBlock.from_page(7, 1.25, 2.5, changed).digest != block.digest
+    strided = block.page_L2GSC.transpose(3, 4).contiguous().transpose(3, 4)
+    assert KvBlock.from_page(7, 1.25, 2.5, strided).digest == block.digest
+
+
+def fields(block: KvBlock) -> tuple[object, ...]:
+    return block.number, block.start_s, block.end_s, block.digest, block.page_L2GSC.dtype, block.page_L2GSC.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bytes_give_the_same_block_back(dtype: torch.dtype) -> None:
+    block = block_of(dtype)
+    for copy in (KvBlock.from_bytes(block.to_bytes()), pickle.loads(pickle.dumps(block))):
+        assert fields(copy) == fields(block)
+        assert torch.equal(copy.page_L2GSC.view(torch.uint8), block.page_L2GSC.view(torch.uint8))
+        assert torch.equal(copy.mean_keys_LGC, block.mean_keys_LGC)
+
+
+def test_one_flipped_bit_is_noticed() -> None:
+    block = block_of()
+    data = bytearray(block.to_bytes())
+    page = block.page_L2GSC.numpy().tobytes()
+    data[bytes(data).index(page) + len(page) // 2] ^= 1
+    with pytest.raises(StreamError, match="block 7 does not match its digest"):
+        KvBlock.from_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, -1])
+def test_what_is_no_block_is_refused(cut: int) -> None:
+    with pytest.raises(StreamError, match="are not a block"):
+        KvBlock.from_bytes(block_of().to_bytes()[:cut])
