@@ -12,8 +12,8 @@ import torch
 
 Tail = Literal["sampled", "bucket"]
 
-CHUNK_ELEMENTS = 2**24
-"""Logits of one chunk, by default: 64 MiB in float32."""
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+"""Logits of one chunk, by default: 32 MiB in float32 on a CPU; a GPU needs taller products to be busy."""
 
 
 class SparseTargetTensors(NamedTuple):
@@ -65,7 +65,7 @@ def response_loss(
 
     `chunk_positions` bounds how many rows of logits exist at a time; it does not change the result.
     """
-    chunk = chunk_positions or max(16, CHUNK_ELEMENTS // head_VD.shape[0])
+    chunk = chunk_positions or max(16, CHUNK_ELEMENTS.get(hidden_ND.device.type, 2**24) // head_VD.shape[0])
     total, cross_entropy_N, kl_N = _apply(hidden_ND, head_VD, targets, tail, chunk)
     return ResponseLoss(total, cross_entropy_N, kl_N)
 

@@ -1,0 +1,195 @@
+"""What offline distillation costs beside plain supervised fine-tuning, and what its loss needs in memory.
+
+Steps: two copies of the tiny configuration's sparse student train on the same batches in turn, one on cross-entropy
+alone (through the same chunked head at response positions), one on forward KL and cross-entropy; the figure is the
+median of the ratios of neighbouring steps, so a busy machine slows both. Memory: the growth of peak resident memory
+while loss and gradients are computed at vocabulary 151,936, each in a fresh process, the teacher's targets being
+inputs. Run as `python -m benchmarks.distill_step --json FILE`.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+
+from benchmarks.result import write_result
+from sparsight.config import ArchitectureConfig, StageConfig, TermsConfig, UpcycleConfig
+from sparsight.distill.loop import StageTrainer
+from sparsight.distill.losses import ResponseTargets, SparseTargetTensors, response_loss
+from sparsight.distill.pictures import Clips
+from sparsight.distill.rows import RowMaker, TrainingRow
+from sparsight.model.tiny import make_dense, make_tokenizer
+from sparsight.model.upcycle import upcycle
+from sparsight.model.vision_language import VisionLanguageModel
+from sparsight.records import Sample, SparseTargets, Turn
+
+VOCABULARY = 151_936
+WIDTH = 896
+HEAD, TAIL = 12, 8
+BATCH = 32
+ANSWERS = ("yes", "no", "circle", "triangle", "red", "teal", "two", "a red circle and a blue rectangle")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
+    parser.add_argument("--steps", type=int, default=60, help="timed steps of each kind")
+    parser.add_argument("--positions", type=int, default=2048, help="response positions of the memory measurement")
+    parser.add_argument("--measure", choices=["sparse", "full"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.positions)))
+        return 0
+    figures = time_steps(arguments.steps) | compare_memory(arguments.positions)
+    write_result(arguments.json, figures)
+    return 0
+
+
+class RandomFeatures:
+    """One clip of tower features for whatever is asked: what the features are does not change a step's cost."""
+
+    def __init__(self, patches: int, width: int) -> None:
+        self.features_PD = torch.randn(patches, width)
+
+    def load(self, content_hashes: Sequence[str]) -> Clips:
+        count = len(content_hashes)
+        return Clips(self.features_PD.expand(count, -1, -1).contiguous(), [1] * count, are_features=True)
+
+
+def time_steps(steps: int) -> dict[str, float]:
+    """Milliseconds of both kinds of step, and the median of their ratios."""
+    torch.set_num_threads(1)
+    sft, distill = (
+        trainer(TermsConfig(cross_entropy=1.0, balance=0.01), steps),
+        trainer(TermsConfig(cross_entropy=0.5, forward_kl=1.0, balance=0.01), steps),
+    )
+    pairs: list[tuple[float, float]] = []
+    for number in range(steps + 10):
+        order = (sft, distill) if number % 2 else (distill, sft)
+        took_s: dict[int, float] = {}
+        for one in order:
+            start_s = time.perf_counter()
+            one.train_step()
+            took_s[id(one)] = time.perf_counter() - start_s
+        if number >= 10:
+            pairs.append((took_s[id(sft)], took_s[id(distill)]))
+    ratios = [kd_s / sft_s for sft_s, kd_s in pairs]
+    return {
+        "distill_vs_sft_step": statistics.median(ratios),
+        "sft_step_ms": 1e3 * statistics.median(sft_s for sft_s, _ in pairs),
+        "distill_step_ms": 1e3 * statistics.median(kd_s for _, kd_s in pairs),
+    }
+
+
+def trainer(terms: TermsConfig, steps: int) -> StageTrainer:
+    architecture = ArchitectureConfig(text_layers=2)
+    tokenizer = make_tokenizer([*ANSWERS, "is there a red circle in the image?"] * 20, 512)
+    student = upcycle(make_dense(architecture, tokenizer, seed=0), UpcycleConfig(), seed=0)
+    stage = StageConfig(name="timed", terms=terms, steps=steps + 10, batch_samples=BATCH)
+    patches = (architecture.picture_pixels // architecture.patch_pixels) ** 2
+    return StageTrainer(student, stage, rows(student), RandomFeatures(patches, architecture.tower_width), seed=0)
+
+
+def rows(student: VisionLanguageModel) -> list[TrainingRow]:
+    """Eight answered questions a picture, with random targets of the default sizes."""
+    random, numbers = Random(0), np.random.default_rng(0)
+    maker = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0])
+    made: list[TrainingRow] = []
+    for index in range(8 * BATCH):
+        turns = tuple(Turn("is there a red circle in the image?", random.choice(ANSWERS)) for _ in range(8))
+        (row,) = maker.answered([Sample(f"row/{index}", (b"",), turns, "benchmark")])
+        targets = targets_of(numbers, len(row.positions_n), maker.vocabulary)
+        made.append(TrainingRow(row.id, row.content_hash, row.input_ids, row.positions_n, row.is_truth_n, targets))
+    return made
+
+
+def targets_of(random: np.random.Generator, n: int, vocabulary: int) -> SparseTargets:
+    logits_nV = torch.from_numpy(random.normal(size=(n, vocabulary)) * 4)
+    logprobs_nJ, ids_nJ = logits_nV.log_softmax(dim=-1).topk(HEAD + TAIL)
+    head_nK, tail_nS = logprobs_nJ[:, :HEAD].float().numpy(), logprobs_nJ[:, HEAD:].float().numpy()
+    ids = ids_nJ.int().numpy()
+    mass_n = (1.0 - np.exp(head_nK).sum(axis=1)).clip(min=0.0)
+    return SparseTargets(ids[:, :HEAD], head_nK, mass_n, ids[:, HEAD:], tail_nS)
+
+
+def compare_memory(positions: int) -> dict[str, float]:
+    """Peak memory and time of both losses, each measured in a process of its own."""
+    found: dict[str, dict[str, float]] = {}
+    for kind in ("sparse", "full"):
+        command = [sys.executable, "-m", "benchmarks.distill_step", "--json", "-", "--measure", kind]
+        done = subprocess.run([*command, "--positions", str(positions)], capture_output=True, text=True, check=True)
+        found[kind] = json.loads(done.stdout)
+    sparse, full = found["sparse"], found["full"]
+    return {
+        "sparse_vs_full_loss_memory": sparse["peak_bytes"] / full["peak_bytes"],
+        "sparse_loss_peak_bytes": sparse["peak_bytes"],
+        "full_loss_peak_bytes": full["peak_bytes"],
+        "sparse_vs_full_loss_time": sparse["time_s"] / full["time_s"],
+        "positions": positions,
+        "width": WIDTH,
+        "vocabulary": VOCABULARY,
+    }
+
+
+def measure(kind: str, positions: int) -> dict[str, float]:
+    """Growth of this process's peak memory (bytes) and the time while loss and gradients are made."""
+    torch.manual_seed(0)
+    hidden_ND = torch.randn(positions, WIDTH).requires_grad_()
+    head_VD = (torch.randn(VOCABULARY, WIDTH) * 0.05).requires_grad_()
+    labels_N = torch.randint(VOCABULARY, (positions,))
+    (hidden_ND[:1] @ head_VD[:1].T).sum().backward()  # the matrix library's own buffers are not the loss's
+    hidden_ND.grad = head_VD.grad = None
+    teacher = sparse_teacher(positions) if kind == "sparse" else full_teacher(positions)
+    before = reset_peak_bytes()
+    start_s = time.perf_counter()
+    if isinstance(teacher, SparseTargetTensors):
+        weights_N = torch.full((positions,), 1.0 / positions)
+        loss = response_loss(hidden_ND, head_VD, ResponseTargets(labels_N, weights_N, weights_N, teacher)).total
+    else:
+        loss = full_loss(hidden_ND, head_VD, labels_N, teacher)
+    loss.backward()
+    return {"peak_bytes": peak_bytes() - before, "time_s": time.perf_counter() - start_s}
+
+
+def full_loss(
+    hidden_ND: torch.Tensor, head_VD: torch.Tensor, labels_N: torch.Tensor, teacher_NV: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy and forward KL from whole logits, as plain PyTorch has them."""
+    student_NV = (hidden_ND @ head_VD.T).log_softmax(dim=-1)
+    kl = torch.nn.functional.kl_div(student_NV, teacher_NV, reduction="batchmean", log_target=True)
+    return kl + torch.nn.functional.nll_loss(student_NV, labels_N)
+
+
+def full_teacher(positions: int) -> torch.Tensor:
+    logits_NV = torch.randn(positions, VOCABULARY)
+    return logits_NV.sub_(logits_NV.logsumexp(dim=-1, keepdim=True))
+
+
+def sparse_teacher(positions: int) -> SparseTargetTensors:
+    ids_NJ = torch.stack([torch.randperm(VOCABULARY)[: HEAD + TAIL] for _ in range(positions)])
+    logprobs_NJ = torch.randn(positions, HEAD + TAIL).log_softmax(dim=-1) - 0.1
+    mass_N = 1.0 - logprobs_NJ[:, :HEAD].exp().sum(dim=-1)
+    return SparseTargetTensors(ids_NJ[:, :HEAD], logprobs_NJ[:, :HEAD], mass_N, ids_NJ[:, HEAD:], logprobs_NJ[:, HEAD:])
+
+
+def reset_peak_bytes() -> int:
+    """Make the peak of resident memory what it is now (Linux), and return it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
