@@ -22,7 +22,7 @@ from sparsight.config import RunConfig, StageConfig, StudentRun
 from sparsight.data.samples import read_samples
 from sparsight.data.signals import iter_signals
 from sparsight.distill.batches import steps_of
-from sparsight.distill.rows import RowMaker, TrainingRow
+from sparsight.distill.rows import RowMaker, TrainingRow, share_of
 from sparsight.distill.start import first_student
 from sparsight.errors import ConfigError
 from sparsight.model.vision_language import VisionLanguageModel
@@ -147,7 +147,7 @@ def _run_stage(data: StageData, stage: StageConfig, artifact: Artifact, before: 
     artifact.begin()
     start = before.storage.child(MODEL) if before is not None else _first_start(data, artifact.storage)
     student = VisionLanguageModel.load(start.fetch())
-    rows = data.rows(stage, student)
+    rows = share_of(data.rows(stage, student), stage.share, data.config.seed)
     steps = steps_of(len(rows), stage.batch_samples, stage.epochs, stage.steps)
     vocabulary = data.vocabulary(student) if stage.terms.forward_kl > 0 else None
     job = stage_job(data.config, stage, start, artifact.storage, data.samples_artifact[0], vocabulary)

@@ -16,7 +16,7 @@ from sparsight.artifacts import Artifact, RunDirectory
 from sparsight.config import RunConfig, StageConfig, TinyTeacherConfig
 from sparsight.data.samples import iter_samples, read_samples
 from sparsight.distill.batches import steps_of
-from sparsight.distill.rows import RowMaker
+from sparsight.distill.rows import RowMaker, share_of
 from sparsight.errors import ConfigError
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.tower import train_tower
@@ -116,7 +116,8 @@ def _stage(config: RunConfig, stage: StageConfig, before: Storage, teacher: Arti
     say(f"teacher: {stage.name}")
     start = before.child(MODEL)
     student = VisionLanguageModel.load(start.fetch())
-    rows = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0]).answered(iter_samples(samples))
+    maker = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0])
+    rows = share_of(maker.answered(iter_samples(samples)), stage.share, config.seed)
     steps = steps_of(len(rows), stage.batch_samples, stage.epochs, stage.steps)
     job = stage_job(config, stage, start, artifact.storage, samples, vocabulary=None)
     finish_stage(artifact, job, rows, steps, config)

@@ -157,6 +157,9 @@ class StageConfig(Slice):
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     rows: Literal["all", "ground_truth"] = "all"
     """All training rows, or only those whose answers are ground truth."""
+    share: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of these rows' pictures that the stage learns from, chosen by seed: a small model finds its way sooner on
+    few pictures seen often than on many seen once (arXiv 2410.07041); a later stage then takes them all."""
     upcycle: UpcycleConfig | None = None
     """Turn the dense student that this stage receives into a sparse one before training."""
     trainable: list[TrainableGroup] = ["projector", "text"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from sparsight.data.split import choose_pictures
 from sparsight.errors import AlignmentError
 from sparsight.media.chat import ChatEncoder, EncodedChat
 from sparsight.records import Sample, SparseTargets, TeacherSignal, Turn, hash_response
@@ -40,6 +41,13 @@ class TrainingRow:
     @property
     def label_ids_n(self) -> npt.NDArray[np.int32]:
         return self.input_ids[self.positions_n]
+
+
+def share_of(rows: Sequence[TrainingRow], share: float, seed: int) -> list[TrainingRow]:
+    """The rows of a seeded share of the pictures, in order; at least one picture."""
+    hashes = {row.content_hash for row in rows}
+    chosen = choose_pictures(hashes, max(share, 1.0 / max(1, len(hashes))), seed, "stage share")
+    return [row for row in rows if row.content_hash in chosen]
 
 
 @dataclass(frozen=True)
