@@ -24,7 +24,7 @@ def connect(resources: ResourcesConfig) -> None:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; without it, it warns
     runtime.connect(resources.num_cpus)
-    _quiet_data()
+    _set_up_data()
 
 
 def require(cpus: float, gpus: float = 0.0, timeout_s: float = 300.0, what: str = "this stage") -> None:
@@ -51,9 +51,14 @@ def require(cpus: float, gpus: float = 0.0, timeout_s: float = 300.0, what: str 
         time.sleep(min(_POLL_S, left_s))
 
 
-def _quiet_data() -> None:
-    """The pipelines show their own progress; Ray Data's bars and plans would drown it."""
+def _set_up_data() -> None:
+    """The pipelines show their own progress, Ray Data's bars and plans would drown it; and Parquet is read by tasks.
+
+    The newer Parquet source starts 16 actors to read footers, whatever the machine: on two cores that takes longer
+    than all that is read.
+    """
     context = DataContext.get_current()
+    context.use_datasource_v2 = False
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
