@@ -20,6 +20,7 @@ Message = Mapping[str, Any]
 """A chat message in transformers' form: role, and content parts of type text or video."""
 
 _MARK = "\ue000"
+_REMEMBERED = 10_000
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ChatEncoder:
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
         self.end_id = int(tokenizer.eos_token_id)
         self._special = sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True)
+        self._encoded_alone: dict[tuple[str, str | None, int], EncodedChat] = {}
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -108,7 +110,7 @@ class ChatEncoder:
 
     def encode_independent(self, turns: Sequence[Turn], visual_tokens: int) -> EncodedChat:
         """Questions that share one picture and nothing else: the picture once, then what follows it in each prompt."""
-        alone = [self.encode([turn], visual_tokens) for turn in turns]
+        alone = [self._encode_alone(turn, visual_tokens) for turn in turns]
         last_visual = max(index for index, token in enumerate(alone[0].input_ids) if token == self.visual_id)
         input_ids = alone[0].input_ids[: last_visual + 1]
         starts: list[int] = []
@@ -120,6 +122,15 @@ class ChatEncoder:
             spans += [(start + shift, end + shift) for start, end in chat.answer_spans]
             input_ids = input_ids + chat.input_ids[last_visual + 1 :]
         return EncodedChat(input_ids, spans, visual_tokens, tuple(starts))
+
+    def _encode_alone(self, turn: Turn, visual_tokens: int) -> EncodedChat:
+        """`encode` of one turn, remembered: benchmarks ask few questions about many pictures."""
+        key = (turn.question, turn.answer, visual_tokens)
+        if key not in self._encoded_alone:
+            if len(self._encoded_alone) >= _REMEMBERED:
+                self._encoded_alone.clear()
+            self._encoded_alone[key] = self.encode([turn], visual_tokens)
+        return self._encoded_alone[key]
 
     def turn_prompts(self, turns: Sequence[Turn], visual_tokens: int) -> list[list[int]]:
         """What to feed before each answer: the first holds the picture, later ones what follows an answer's end."""

@@ -20,6 +20,8 @@ from sparsight.records import Quarantined, Sample, TeacherSignal
 from sparsight.teacher.flow import EncodedSample, OpenSample, label_samples, questions_apart
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 
+_REMEMBERED = 10_000
+
 
 class VisionLanguageTeacher:
     """Labels with a LLaVA-OneVision model (dense or sparse text model)."""
@@ -55,6 +57,7 @@ class OneVisionModel:
         text: Any = model.model.config.text_config
         self.max_positions = int(text.max_position_embeddings)
         self.vocabulary = int(model.head_VD.shape[0])
+        self._prompts: dict[tuple[str | int, ...], list[list[int]]] = {}
 
     @property
     def chat(self) -> ChatEncoder:
@@ -82,9 +85,7 @@ class OneVisionModel:
     ) -> list[tuple[str, ...]]:
         """Feed a question, write the answer or feed the given one; then the next turn."""
         decoder = BatchDecoder(self.model, len(rows))
-        prompts = [
-            self.chat.turn_prompts(row.sample.turns, len(tokens)) for row, tokens in zip(rows, seen, strict=True)
-        ]
+        prompts = [self._turn_prompts(row, len(tokens)) for row, tokens in zip(rows, seen, strict=True)]
         answers: list[list[str]] = [[] for _ in rows]
         unfed: list[list[int]] = [[] for _ in rows]
         for turn in range(max(len(prompt) for prompt in prompts)):
@@ -100,6 +101,15 @@ class OneVisionModel:
                 answers[index].append(self.chat.decode(ids) if text is None else text)
                 unfed[index] = self._unfed(rows[index], turn, ids)
         return [tuple(texts) for texts in answers]
+
+    def _turn_prompts(self, row: OpenSample, visual_tokens: int) -> list[list[int]]:
+        """As the chat gives them; for the same questions they are remembered, many pictures get the same."""
+        key = (*(turn.question for turn in row.sample.turns), visual_tokens)
+        if key not in self._prompts:
+            if len(self._prompts) >= _REMEMBERED:
+                self._prompts.clear()
+            self._prompts[key] = self.chat.turn_prompts(row.sample.turns, visual_tokens)
+        return self._prompts[key]
 
     def _unfed(self, row: OpenSample, turn: int, written: list[int]) -> list[int]:
         """What must still follow in the cache before the next question: a given answer, or a missing end token."""

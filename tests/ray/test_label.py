@@ -36,7 +36,7 @@ ARCHITECTURE = ArchitectureConfig(
 DEADLINE_S = 240.0
 
 
-def run_config(run_dir: Path, **label_settings: Any) -> RunConfig:
+def run_config(run_dir: Path, workers: int = 1, **label_settings: Any) -> RunConfig:
     terms = {"cross_entropy": 1.0}
     stage = {"name": "only", "terms": terms, "steps": 1}
     return RunConfig.model_validate(
@@ -46,6 +46,7 @@ def run_config(run_dir: Path, **label_settings: Any) -> RunConfig:
             "teacher": {"kind": "tiny", "stages": [stage]},
             "distill": {"students": [{"name": "student", "stages": [stage]}]},
             "label": {"batch_samples": 2, "rows_per_file": 8, "max_answer_tokens": 8, **label_settings},
+            "resources": {"label_workers": workers},
         }
     )
 
@@ -88,8 +89,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Pa
     """An uninterrupted run over rows whose answers the teacher has to write; others start from copies of its inputs."""
     run_dir = tmp_path_factory.mktemp("whole")
     put_teacher(run_dir)
-    put_samples(run_dir, list(new_samples(96, turns=6, answered=False)))
-    label(run_config(run_dir))
+    put_samples(run_dir, list(new_samples(64, turns=6, answered=False)))
+    label(run_config(run_dir, batch_samples=8))
     return run_dir
 
 
@@ -142,33 +143,39 @@ def children_named(name: str) -> list[int]:
     return [process for process, command in names.items() if command.startswith(name) and below(process)]
 
 
-def test_every_row_is_accounted_for(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """A finished run over forty answered rows, one that cannot be read, and one that asks nothing."""
+    run_dir = tmp_path_factory.mktemp("small")
     samples = list(new_samples(40, turns=2, answered=True))
     broken = Sample("broken", (b"no picture",), samples[0].turns, "noise")
     silent = Sample("silent", samples[1].frames, (), "noise")
-    put_teacher(tmp_path)
-    put_samples(tmp_path, [*samples, broken, silent])
-    label(run_config(tmp_path, batch_samples=8, rows_per_file=16, head=12, tail_samples=8))
-    rows, manifest = signals_of(tmp_path)
+    put_teacher(run_dir)
+    put_samples(run_dir, [*samples, broken, silent])
+    label(run_config(run_dir, batch_samples=8, rows_per_file=16))
+    return run_dir
+
+
+def test_every_row_is_accounted_for(small_run: Path) -> None:
+    samples = list(new_samples(40, turns=2, answered=True))
+    rows, manifest = signals_of(small_run)
     tokens = sum(len(row.response_ids_n) for row in rows)
     assert manifest.counts == {
         "input": 42, "labelled": 40, "quarantined": 1, "skipped": 1, "response_tokens": tokens
     }  # fmt: skip
     assert [row.id for row in rows] == [sample.id for sample in samples]
     assert [row.content_hash for row in rows] == [sample.content_hash for sample in samples]
-    storage, _ = RunDirectory(str(tmp_path)).finished("signals")
+    storage, _ = RunDirectory(str(small_run)).finished("signals")
     (refused,) = read_quarantine(storage)
     assert (refused.id, refused.source) == ("broken", "noise")
-    size = sum((tmp_path / "signals" / key).stat().st_size for key in signal_files(storage))
+    size = sum((small_run / "signals" / key).stat().st_size for key in signal_files(storage))
     assert manifest.figures["signal_bytes_per_token"] == pytest.approx(size / tokens)
     assert set(manifest.details) >= {"tokenizer_fingerprint", "prompt_fingerprint", "teacher_fingerprint"}
 
 
-def test_a_finished_store_is_left_alone_and_another_teacher_starts_anew(tmp_path: Path) -> None:
-    put_teacher(tmp_path)
-    put_samples(tmp_path, list(new_samples(8, turns=1, answered=True)))
-    config = run_config(tmp_path)
-    label(config)
+def test_a_finished_store_is_left_alone_and_another_teacher_starts_anew(small_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
+    config = run_config(tmp_path, batch_samples=8, rows_per_file=16)
     before = (tmp_path / "signals" / MANIFEST).stat().st_mtime_ns
     label(config)
     assert (tmp_path / "signals" / MANIFEST).stat().st_mtime_ns == before
@@ -203,7 +210,7 @@ def test_a_killed_worker_is_replaced(whole_run: Path, fresh_run: Path) -> None:
 
     def run() -> None:
         try:
-            label(run_config(fresh_run))
+            label(run_config(fresh_run, workers=2))
         except BaseException as error:
             failures.append(error)
 
@@ -224,7 +231,7 @@ def test_a_killed_worker_is_replaced(whole_run: Path, fresh_run: Path) -> None:
 
 def test_a_killed_driver_is_continued(whole_run: Path, fresh_run: Path, tmp_path_factory: Any) -> None:
     config_file = tmp_path_factory.mktemp("config") / "run.yaml"
-    config_file.write_text(dump(run_config(fresh_run)))
+    config_file.write_text(dump(run_config(fresh_run, workers=2)))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     driver = subprocess.Popen(
         [sys.executable, "-m", "pipelines.label", "--config", str(config_file)],
