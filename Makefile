@@ -19,6 +19,7 @@ ARGS ?=
 
 # Models come from local folders only; Ray sends no usage statistics; worker processes keep to their own cores.
 export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_PROGRESS_BARS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export TOKENIZERS_PARALLELISM := false

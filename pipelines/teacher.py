@@ -21,7 +21,7 @@ from sparsight.errors import ConfigError
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.tower import train_tower
 from sparsight.model.vision_language import VisionLanguageModel
-from sparsight.observe import progress_bar, say
+from sparsight.observe import MetricsWriter, progress_bar, say
 from sparsight.records import Sample
 from sparsight.storage import Storage
 
@@ -85,13 +85,16 @@ def _tower(settings: TinyTeacherConfig, seed: int, samples: Storage, teacher: St
     artifact.begin()
     rows = read_samples(samples)
     model = make_dense(settings.architecture, make_tokenizer(corpus(rows), settings.vocabulary), seed)
-    with progress_bar("tower", total=settings.tower.steps, unit="step") as bar:
+    with tempfile.TemporaryDirectory() as folder:
+        with MetricsWriter(Path(folder)) as metrics, progress_bar("tower", settings.tower.steps, "step") as bar:
 
-        def report(step: int, losses: dict[str, float]) -> None:
-            bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
-            bar.update(step - bar.n)
+            def report(step: int, losses: dict[str, float]) -> None:
+                metrics.write(step, losses)
+                bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
+                bar.update(step - bar.n)
 
-        figures = train_tower(model, settings.tower, rows, seed, report)
+            figures = train_tower(model, settings.tower, rows, seed, report)
+        artifact.storage.publish(Path(folder), "")
     _save(model, artifact.storage)
     artifact.commit(figures=figures)
     return artifact
