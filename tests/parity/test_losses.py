@@ -1,5 +1,7 @@
 """The chunked sparse losses against full-vocabulary ones that anyone can read."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -99,7 +101,7 @@ def test_the_bucket_rises_to_the_full_kl_as_more_is_kept() -> None:
         response_loss(hidden_ND, head_VD, targets(labels_N, head_of(teacher_NV, K)), "bucket").kl_N
         for K in (1, 2, 4, 8, 16, 32, 39, 40)
     ]
-    for less_N, more_N in zip(values, values[1:], strict=False):
+    for less_N, more_N in itertools.pairwise(values):
         assert bool((less_N <= more_N + 1e-12).all())
     torch.testing.assert_close(values[-1], full_N.detach())
     assert float((full_N.detach() - values[0]).mean()) > 0.1
