@@ -81,6 +81,7 @@ def plan_evaluation(config: RunConfig, models: Sequence[ModelSource]) -> Artifac
     inputs = {f"model_{model.name}": model.fingerprint for model in models}
     for name, storage in test_sets(run).items():
         inputs[name] = read_manifest(storage, "samples").fingerprint
+    inputs["baselines"] = run.finished("samples/teacher", "samples")[1].fingerprint
     return run.artifact(ARTIFACT, KIND, VERSION, config.evaluate, inputs)
 
 

@@ -86,18 +86,28 @@ def gather(run: RunDirectory, evaluation: Evaluation, manifest: Manifest, pictur
         )
         for name, found in manifests.items()
     ]
-    signals = manifests["signals"].figures if "signals" in manifests else {}
     times = read_times(run.storage) | {"evaluate": round(manifest.figures.get("wall_s", 0.0), 1)}
     return Report(
         evaluation=evaluation,
         artifacts=rows,
         stage_seconds=times,
-        store_figures={name: signals[name] for name in ("signal_bytes_per_token",) if name in signals},
+        store_figures=_store_figures(manifests),
         export=_verdicts(manifests["export"].details) if "export" in manifests else {},
         machine=describe_machine(),
         revision=code_revision(),
         pictures=pictures,
     )
+
+
+def _store_figures(manifests: Mapping[str, Manifest]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if "signals" in manifests:
+        found["signal_bytes_per_token"] = manifests["signals"].figures["signal_bytes_per_token"]
+    if "samples/student" in manifests:
+        counts = manifests["samples/student"].counts
+        found["training_questions"] = counts["questions"]
+        found["ground_truth_questions"] = counts["answered_questions"]
+    return found
 
 
 def _verdicts(details: Mapping[str, Any]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipelines.command import run_command
 from pipelines.distill import finish_stage, stage_job
 from pipelines.training import MODEL
-from sparsight.artifacts import Artifact, RunDirectory
+from sparsight.artifacts import MANIFEST, Artifact, RunDirectory
 from sparsight.config import RunConfig, StageConfig, TinyTeacherConfig
 from sparsight.data.samples import iter_samples, read_samples
 from sparsight.distill.batches import steps_of
@@ -57,9 +57,10 @@ def make_teacher(config: RunConfig) -> None:
         before, figures = finished.storage, figures | _figures(finished)
     artifact.storage.delete(MODEL)
     artifact.storage.publish(before.fetch(MODEL), MODEL)
-    for name in (TOWER, *(stage.name for stage in settings.stages)):
-        artifact.storage.delete(f"{name}/{MODEL}")
     artifact.commit(figures=figures)
+    for name in (TOWER, *(stage.name for stage in settings.stages)):  # the curves stay
+        artifact.storage.delete(f"{name}/{MANIFEST}")
+        artifact.storage.delete(f"{name}/{MODEL}")
 
 
 def _check(settings: TinyTeacherConfig) -> None:

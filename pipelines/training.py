@@ -77,7 +77,7 @@ class StageJob:
 
 
 def train_stage(job: StageJob, rows: Sequence[TrainingRow], steps: int, resources: ResourcesConfig) -> dict[str, float]:
-    """Train, leave the model under `model/` of the target and return the last step's metrics and the model's size.
+    """Train, leave the model under `model/` of the target and return the steps taken and the model's size.
 
     Raises `SparsightError` where the cluster lacks what the workers ask for, and a worker's own `SparsightError`.
     """

@@ -274,7 +274,7 @@ class StreamConfig(Slice):
     """The ReKV memory of one stream."""
 
     window_tokens: int = Field(default=512, ge=1)
-    """Sliding window of the encoder, system prompt not counted."""
+    """Sliding window of the encoder, in tokens; what precedes the first frame counts."""
     retrieve_blocks: int = Field(default=16, ge=1)
     """Blocks that an answer may rest on, per layer."""
     recent_blocks: int = Field(default=2, ge=0)
@@ -284,6 +284,12 @@ class StreamConfig(Slice):
     """Bytes of blocks that one stream may keep."""
     max_streams: int = Field(default=64, ge=1)
     max_frames_per_request: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "StreamConfig":
+        if self.recent_blocks > self.retrieve_blocks:
+            raise ValueError(f"recent_blocks {self.recent_blocks} is more than retrieve_blocks {self.retrieve_blocks}")
+        return self
 
 
 class ServeConfig(Slice):

@@ -13,6 +13,13 @@ frequent training answer, in columns of an answer type the most frequent answer 
 docs/protocol.md of the source tree."""
 
 
+SEEN = """\
+All models share one vision tower, frozen after it was trained with the answers of all training pictures. Beyond it,
+the first student learns from the teacher's signals on all training pictures and from ground-truth answers to {answered}
+of {questions} training questions; `sft_student`, where there is one, from those ground-truth answers alone, with as
+many steps."""
+
+
 def render(report: Report) -> str:
     """The whole page as Markdown; pictures are referred to by file name, beside the page."""
     evaluation = report.evaluation
@@ -20,6 +27,7 @@ def render(report: Report) -> str:
         f"# Report of a run\n\n{_opening(report)}",
         f"## Result on {evaluation.headline_set}\n\n{_headline(evaluation)}",
         f"## Goals\n\n{_goals(report)}",
+        f"## What the models have seen\n\n{_seen(report)}",
         f"## How it was measured\n\n{PROTOCOL}",
         *(f"## By answer type: {name}\n\n{_by_type(evaluation, name)}" for name in evaluation.baselines),
         f"## Agreement with the teacher\n\n{_agreement(evaluation)}",
@@ -46,6 +54,14 @@ def _opening(report: Report) -> str:
     teacher = "the teacher, " if TEACHER in report.evaluation.models else ""
     sets = " and ".join(report.evaluation.baselines)
     return f"Compared: {teacher}{', '.join(names)}, and answers given without a picture. Test sets: {sets}."
+
+
+def _seen(report: Report) -> str:
+    known = report.store_figures
+    if "training_questions" not in known:
+        return "The samples that the students learned from are not in this run directory."
+    answered, questions = known["ground_truth_questions"], known["training_questions"]
+    return SEEN.format(answered=f"{answered:,.0f} ({answered / questions:.1%})", questions=f"{questions:,.0f}")
 
 
 def _headline(evaluation: Evaluation) -> str:

@@ -48,7 +48,8 @@ class Report(BaseModel):
     stage_seconds: dict[str, float]
     """Wall time of the call that made each stage's artefacts."""
     store_figures: dict[str, float]
-    """Figures of other artefacts that the report repeats, `signal_bytes_per_token` first."""
+    """Figures of other artefacts that the report repeats: `signal_bytes_per_token`, and how many training questions
+    there are and how many of them reach the students with their answers."""
     export: dict[str, str]
     """What the export's check said, by reader."""
     machine: str
@@ -103,7 +104,7 @@ def _sft_verdict(values: Mapping[str, float]) -> Verdict | None:
         return None
     sure = "beyond chance" if values[f"{gap}_low"] > 0.0 else "not beyond chance"
     measured = f"{values[student]:.4f} against {values[other]:.4f}, difference {_gap(values, gap)}"
-    goal = "student better than the same student trained on the ground truth alone"
+    goal = "student better than the same student, on the same frozen tower, trained on the ground-truth answers alone"
     return Verdict(goal=goal, met=values[student] > values[other], measured=f"{measured}, {sure}")
 
 
