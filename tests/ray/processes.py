@@ -26,4 +26,8 @@ def children_named(name: str, root: int | None = None) -> list[int]:
 
 
 def alive(process: int) -> bool:
-    return Path(f"/proc/{process}").exists()
+    """Whether a process still runs; one that ended and was not waited for does not."""
+    try:
+        return (Path("/proc") / str(process) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
