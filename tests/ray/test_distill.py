@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -190,7 +191,8 @@ def test_a_store_that_does_not_fit_is_refused_before_training(run_folder: Path) 
     part = run_folder / "signals/part-0.parquet"
     table = pq.read_table(part)
     index = table.schema.get_field_index("visual_tokens")
-    shifted = table.set_column(index, table.schema.field(index), [[99] * table.num_rows])
+    field = table.schema.field(index)
+    shifted = table.set_column(index, field, pa.array([99] * table.num_rows, field.type))
     pq.write_table(shifted, part)
     with pytest.raises(AlignmentError, match="row/0"):
         distill(configuration(run_folder))
