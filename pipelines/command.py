@@ -5,12 +5,11 @@ and keeps its traceback. Called by the `main` of each module here; knows nothing
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 
 from sparsight.config import RunConfig, dump, load
-from sparsight.errors import SparsightError
+from sparsight.errors import one_line, user_error
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -51,26 +50,3 @@ def run_command(
         print(f"error: {one_line(mendable)}", file=sys.stderr)
         return USER_ERROR
     return 0
-
-
-def user_error(error: BaseException) -> SparsightError | None:
-    """The `SparsightError` behind an error, or None.
-
-    Errors that crossed a process come wrapped, with the original as `cause` or `__cause__`; the wrapper may pass for
-    the original's class, but its message is a remote traceback, so the innermost is looked for.
-    """
-    seen: list[BaseException] = []
-    current: object = error
-    while isinstance(current, BaseException) and current not in seen:
-        wrapped = getattr(current, "cause", None)
-        if isinstance(current, SparsightError) and wrapped is None:
-            return current
-        seen.append(current)
-        current = wrapped or current.__cause__
-    return None
-
-
-def one_line(error: SparsightError) -> str:
-    """The error's message without line breaks."""
-    text = re.sub(r":\s*\n\s*", ": ", str(error).strip())
-    return re.sub(r"\s*\n\s*", "; ", text)

@@ -5,7 +5,9 @@ on this machine: `python -m serve_apps.app --config configs/tiny.yaml` or `--mod
 """
 
 import argparse
+import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.deployment import Application
 
@@ -22,13 +25,14 @@ from serve_apps.settings import ServiceSettings, check_export
 from serve_apps.stream_app import StreamReplica, bank_actor
 from serve_apps.student_app import StudentReplica
 from sparsight.config import ServeConfig, load
-from sparsight.errors import ConfigError, SparsightError
+from sparsight.errors import ConfigError, SparsightError, one_line, user_error
 from sparsight.observe import say
 
 APPLICATION = "sparsight"
 INGRESS_REQUESTS = 256
 """Requests that one ingress replica has in hand; those beyond what the models take are refused from there."""
 STREAM_REQUESTS = 16
+USER_ERROR = 2
 
 
 def build(args: ServiceSettings) -> Application:
@@ -59,27 +63,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides")
     parser.add_argument("--model", help="a finished export: a folder or s3:// URI; overrides the run's own")
     arguments = parser.parse_args(argv)
+    stopped = threading.Event()
     try:
         settings = _settings(arguments.config, arguments.overrides, arguments.model)
         application = build(settings)
+        if not os.environ.get("RAY_ADDRESS"):  # elsewhere the address belongs to other machines
+            check_address(settings.serve)
         connect()
-    except SparsightError as error:
-        say(f"error: {error}")
-        return 2
-    stopped = threading.Event()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, lambda *_: stopped.set())
-    run(application, settings.serve)
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, lambda *_: stopped.set())
+        run(application, settings.serve)
+    except Exception as error:
+        mendable = user_error(error)
+        if mendable is None:
+            raise
+        say(f"error: {one_line(mendable)}")
+        return USER_ERROR
     say(f"serving {settings.model} at http://{settings.serve.host}:{settings.serve.port}/v1 (Ctrl-C stops it)")
     stopped.wait()
     serve.delete(APPLICATION)
     return 0
 
 
+def check_address(config: ServeConfig) -> None:
+    """Raises `SparsightError` unless this machine can listen there.
+
+    Serve itself would share the port with another Serve that holds it.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do not count
+        try:
+            probe.bind((config.host, config.port))
+            probe.listen()
+        except OSError as error:
+            raise SparsightError(
+                f"cannot listen at {config.host}:{config.port} ({error.strerror or error}): stop what listens there, "
+                "or set serve.host and serve.port"
+            ) from error
+
+
 def run(application: Application, config: ServeConfig) -> None:
-    """Deploy on the connected cluster and wait until requests are answered."""
-    serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
-    serve.run(application, name=APPLICATION, route_prefix="/")
+    """Deploy on the connected cluster and wait until requests are answered.
+
+    Raises `SparsightError` where the proxy cannot listen or a replica does not start.
+    """
+    try:
+        serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except (RayError, RuntimeError, TimeoutError) as error:
+        last = str(error).strip().splitlines()[-1:]  # what comes before is a remote traceback
+        raise SparsightError(
+            f"the service did not start at {config.host}:{config.port}: {''.join(last)}; Ray Serve's logs say more"
+        ) from error
 
 
 def _settings(config_path: str | None, overrides: Sequence[str], model: str | None) -> ServiceSettings:

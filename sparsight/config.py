@@ -294,7 +294,7 @@ class StreamConfig(Slice):
 
 class ServeConfig(Slice):
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = Field(default=8000, ge=1, le=65535)
     max_body_bytes: int = 20_000_000
     max_picture_bytes: int = 10_000_000
     max_picture_pixels: int = 50_000_000

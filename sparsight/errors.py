@@ -1,8 +1,11 @@
 """The errors that users meet: each says what is wrong, where, and what to do.
 
 All are picklable (they cross process boundaries) and refine the standard exception a caller would expect.
-They are raised by every part of sparsight; invariants of our own code are plain `assert`s instead.
+They are raised by every part of sparsight; invariants of our own code are plain `assert`s instead. Command lines print
+what `user_error` finds, as `one_line`.
 """
+
+import re
 
 
 class SparsightError(Exception):
@@ -43,3 +46,26 @@ class ExportError(SparsightError, ValueError):
 
 class StreamError(SparsightError, ValueError):
     """A stream that cannot take this frame or answer this question: closed, full, or out of order."""
+
+
+def user_error(error: BaseException) -> SparsightError | None:
+    """The `SparsightError` behind an error, or None.
+
+    Errors that crossed a process come wrapped, with the original as `cause` or `__cause__`; the wrapper may pass for
+    the original's class, but its message is a remote traceback, so the innermost is looked for.
+    """
+    seen: list[BaseException] = []
+    current: object = error
+    while isinstance(current, BaseException) and current not in seen:
+        wrapped = getattr(current, "cause", None)
+        if isinstance(current, SparsightError) and wrapped is None:
+            return current
+        seen.append(current)
+        current = wrapped or current.__cause__
+    return None
+
+
+def one_line(error: SparsightError) -> str:
+    """The error's message without line breaks."""
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip())
+    return re.sub(r"\s*\n\s*", "; ", text)
