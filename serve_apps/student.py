@@ -20,7 +20,8 @@ from sparsight.config import ServeConfig
 from sparsight.errors import DataError
 from sparsight.media.chat import Message
 from sparsight.media.pixels import to_pixels
-from sparsight.model.decode import BatchDecoder, SamplingSettings, TokenChooser
+from sparsight.model.decode import BatchDecoder
+from sparsight.model.sampling import SamplingSettings, TokenChooser
 from sparsight.model.vision_language import VisionLanguageModel
 
 COLDEST = 1e-3

@@ -6,21 +6,12 @@ use it. It knows nothing of chat formats.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 
+from sparsight.model.sampling import SamplingSettings, TokenChooser
 from sparsight.model.vision_language import VisionLanguageModel
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """Temperature 0 is greedy. `top_p` keeps the smallest set of tokens with that much probability."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
 
 
 class BatchDecoder:
@@ -62,6 +53,13 @@ class BatchDecoder:
         same = self.logits_BV.shape == logits_BV.shape
         self.logits_BV = torch.where(fed_B[:, None], logits_BV, self.logits_BV) if same else logits_BV
 
+    def repeat(self, times: int) -> None:
+        """Every row becomes `times` rows beside each other that share its past: what was fed is computed once."""
+        self._cache.batch_repeat_interleave(times)
+        self._mask_BT = self._mask_BT.repeat_interleave(times, dim=0)
+        self.logits_BV = self.logits_BV.repeat_interleave(times, dim=0)
+        self.batch *= times
+
     def decode(
         self, limits: Sequence[int], sampling: Sequence[SamplingSettings] | None = None, feed_end: bool = False
     ) -> list[list[int]]:
@@ -84,31 +82,3 @@ class BatchDecoder:
                 active[row] = active[row] and not done
             self.feed(step)
         return written
-
-
-class TokenChooser:
-    """Picks each row's next token; rows have their own settings and random streams."""
-
-    def __init__(self, settings: Sequence[SamplingSettings]) -> None:
-        self.settings = settings
-        self.generators = [torch.Generator() for _ in settings]
-        for generator, setting in zip(self.generators, settings, strict=True):
-            if setting.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(setting.seed)
-
-    def __call__(self, logits_BV: torch.Tensor) -> list[int]:
-        chosen: list[int] = logits_BV.argmax(dim=-1).tolist()
-        for row, setting in enumerate(self.settings):
-            if setting.temperature > 0.0:
-                chosen[row] = self._sample(logits_BV[row].float().cpu(), setting, self.generators[row])
-        return chosen
-
-    @staticmethod
-    def _sample(logits_V: torch.Tensor, setting: SamplingSettings, generator: torch.Generator) -> int:
-        probs_V, order_V = (logits_V / setting.temperature).softmax(dim=-1).sort(descending=True)
-        kept_V = probs_V.cumsum(dim=-1) - probs_V < setting.top_p
-        kept_V[0] = True
-        pick = torch.multinomial(probs_V * kept_V, 1, generator=generator)
-        return int(order_V[pick])

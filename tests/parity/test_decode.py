@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from sparsight.config import ArchitectureConfig, UpcycleConfig
-from sparsight.model.decode import BatchDecoder, SamplingSettings
+from sparsight.model.decode import BatchDecoder
 from sparsight.model.parameters import activated_parameters, group_of, set_trainable, total_parameters
 from sparsight.model.routing import expert_load, routers, trace_routers
+from sparsight.model.sampling import SamplingSettings
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.upcycle import upcycle
 from sparsight.model.vision_language import VisionLanguageModel
@@ -88,6 +89,19 @@ def test_sampling_is_repeatable_by_seed_and_near_zero_temperature_is_greedy(mode
     assert sample(hot) != sample(SamplingSettings(temperature=1.0, seed=8))
     assert sample(SamplingSettings(temperature=1e-4, seed=1)) == sample(SamplingSettings())
     assert sample(SamplingSettings(temperature=1.0, top_p=1e-6, seed=1)) == sample(SamplingSettings())
+
+
+def test_repeated_rows_go_on_as_rows_fed_alone(model: VisionLanguageModel) -> None:
+    settings = [SamplingSettings(1.0, 0.9, seed) for seed in range(len(ROWS) * 3)]
+    decoder = BatchDecoder(model, len(ROWS))
+    decoder.feed(ROWS)
+    decoder.repeat(3)
+    together = decoder.decode([6] * 9, settings)
+    for place, setting in enumerate(settings):
+        alone = BatchDecoder(model, 1)
+        alone.feed([ROWS[place // 3]])
+        assert alone.decode([6], [setting]) == [together[place]]
+    assert len({tuple(ids) for ids in together}) > 3
 
 
 def test_activated_parameters_leave_out_idle_experts(model: VisionLanguageModel) -> None:
