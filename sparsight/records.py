@@ -1,13 +1,14 @@
 """The rows that stages hand to each other, and their Parquet schemas: the contract between the rooms.
 
 A `Sample` is written by data preparation and read by labelling, training and evaluation. A `TeacherSignal` is
-written by labelling and read by distillation. Neither knows how it is computed; torch is not imported here.
+written by labelling and read by distillation, a `PreferencePair` is written by pair making and read by preference
+distillation. None knows how it is computed; torch is not imported here.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 SAMPLES_VERSION = 1
 SIGNALS_VERSION = 1
+PAIRS_VERSION = 1
 
 PICTURE_MARK = "<image>"
 """Stands in a LLaVA conversation where the picture is shown; stripped before the text reaches a tokenizer."""
@@ -228,6 +230,88 @@ SIGNAL_SCHEMA = pa.schema(
         pa.field("response_hash", pa.binary(16)),
     ],
     metadata={"sparsight.signals": str(SIGNALS_VERSION)},
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One answer that was considered: who wrote it, with which seed (0 where none was drawn), and the judge's score."""
+
+    text: str
+    origin: Literal["student", "teacher", "ground_truth", "imported"]
+    seed: int
+    score: float
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two answers to one question about one picture, the better and the worse, and why they are held to be so.
+
+    The picture is the one of this content hash among the student's samples. `margin` is the difference of the two
+    scores that `judge` gave. The log-probs are the teacher's, summed over each answer's tokens with its end-of-turn
+    token; `answers_hash` proves which tokens these were (`hash_answers`), and `visual_tokens` what the picture took.
+    """
+
+    id: str
+    source: str
+    content_hash: str
+    question: str
+    chosen: str
+    rejected: str
+    answer_type: str
+    candidates: tuple[Candidate, ...]
+    judge: str
+    margin: float
+    teacher_chosen_logprob: float
+    teacher_rejected_logprob: float
+    visual_tokens: int
+    answers_hash: bytes
+
+    def to_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> "PreferencePair":
+        values: dict[str, Any] = dict(row)
+        values["candidates"] = tuple(Candidate(**candidate) for candidate in row["candidates"])
+        return PreferencePair(**values)
+
+
+def hash_answers(answer_ids: Sequence[npt.NDArray[np.int32]]) -> bytes:
+    """16 bytes that equal lists of answers share only when each is cut into the same tokens."""
+    digest = hashlib.blake2b(digest_size=16)
+    for ids_n in answer_ids:
+        digest.update(hash_response(ids_n))
+    return digest.digest()
+
+
+_CANDIDATE = pa.struct([("text", pa.string()), ("origin", pa.string()), ("seed", pa.int64()), ("score", pa.float64())])
+
+PAIR_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("content_hash", pa.string(), nullable=False),
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("chosen", pa.string(), nullable=False),
+        pa.field("rejected", pa.string(), nullable=False),
+        pa.field("answer_type", pa.string(), nullable=False),
+        pa.field(
+            "candidates",
+            pa.list_(
+                pa.struct(
+                    [("text", pa.string()), ("origin", pa.string()), ("seed", pa.int64()), ("score", pa.float64())]
+                )
+            ),
+        ),
+        pa.field("judge", pa.string(), nullable=False),
+        pa.field("margin", pa.float64(), nullable=False),
+        pa.field("teacher_chosen_logprob", pa.float64(), nullable=False),
+        pa.field("teacher_rejected_logprob", pa.float64(), nullable=False),
+        pa.field("visual_tokens", pa.int32(), nullable=False),
+        pa.field("answers_hash", pa.binary(16), nullable=False),
+    ],
+    metadata={"sparsight.pairs": str(PAIRS_VERSION)},
 )
 
 

@@ -48,6 +48,37 @@ class EncodedChat:
 
 
 @dataclass(frozen=True)
+class EncodedAnswers:
+    """Token ids of one prompt and, after it, several answers to it, each computed as if it alone followed the prompt.
+
+    `answer_spans` are [start, end) of each answer with its end-of-turn token; attention must be packed with `starts`.
+    """
+
+    input_ids: list[int]
+    answer_spans: list[tuple[int, int]]
+    visual_tokens: int
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return tuple(start for start, _ in self.answer_spans)
+
+    @property
+    def positions_n(self) -> npt.NDArray[np.int64]:
+        """Positions of all answers' tokens, in order."""
+        return np.concatenate([np.arange(start, end) for start, end in self.answer_spans])
+
+    @property
+    def before_n(self) -> npt.NDArray[np.int64]:
+        """The position whose hidden state predicts each answer token: the prompt's last one for every first token."""
+        last = self.answer_spans[0][0] - 1
+        return np.concatenate([np.concatenate([[last], np.arange(*span)[:-1]]) for span in self.answer_spans])
+
+    def answer_ids(self, answer: int) -> npt.NDArray[np.int32]:
+        start, end = self.answer_spans[answer]
+        return np.asarray(self.input_ids[start:end], dtype=np.int32)
+
+
+@dataclass(frozen=True)
 class FramesPrompt:
     """The ids around a clip: all that stands before its first visual token, and all after its last.
 
@@ -122,6 +153,18 @@ class ChatEncoder:
             spans += [(start + shift, end + shift) for start, end in chat.answer_spans]
             input_ids = input_ids + chat.input_ids[last_visual + 1 :]
         return EncodedChat(input_ids, spans, visual_tokens, tuple(starts))
+
+    def encode_answers(self, question: str, answers: Sequence[str], visual_tokens: int) -> EncodedAnswers:
+        """Several answers to one question about one picture: the prompt once, then every answer with its end."""
+        pieces = self._pieces([Turn(question, None)])
+        end, _ = self._split_end(pieces[1])
+        prompt, *answer_ids = self._tokenize([pieces[0], *(self.plain(answer) + end for answer in answers)])
+        input_ids = self._expand(prompt, [visual_tokens])
+        spans: list[tuple[int, int]] = []
+        for ids in answer_ids:
+            spans.append((len(input_ids), len(input_ids) + len(ids)))
+            input_ids += ids
+        return EncodedAnswers(input_ids, spans, visual_tokens)
 
     def _encode_alone(self, turn: Turn, visual_tokens: int) -> EncodedChat:
         """`encode` of one turn, remembered: benchmarks ask few questions about many pictures."""

@@ -8,13 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparsight.records import (
+    PAIR_SCHEMA,
     PICTURE_MARK,
     SAMPLE_SCHEMA,
     SIGNAL_SCHEMA,
+    Candidate,
+    PreferencePair,
     Sample,
     SparseTargets,
     TeacherSignal,
     Turn,
+    hash_answers,
     hash_frames,
     hash_response,
 )
@@ -108,3 +112,19 @@ def test_response_hash_tells_tokens_apart() -> None:
     assert hash_response(one) == hash_response(np.array([0, 1, 2, 3], dtype=np.int32)[1:])
     assert hash_response(one) != hash_response(np.array([1, 3, 2], dtype=np.int32))
     assert hash_response(one) != hash_response(np.array([1, 2], dtype=np.int32))
+
+
+def test_pair_survives_parquet() -> None:
+    candidates = (Candidate("a", "student", 7, 0.5), Candidate("b", "ground_truth", 0, 1.0))
+    hashed = hash_answers([np.arange(3, dtype=np.int32), np.arange(4, dtype=np.int32)])
+    pair = PreferencePair(
+        "id/0", "somewhere", "0f", "what?", "b", "a", "kind", candidates, "truth", 0.5, -1.25, -3.5, 17, hashed
+    )
+    assert PreferencePair.from_row(through_parquet(pair.to_row(), PAIR_SCHEMA)) == pair
+
+
+def test_answers_hash_knows_where_one_answer_ends() -> None:
+    one, other = np.array([1, 2, 3], np.int32), np.array([1, 2], np.int32)
+    hashes = [hash_answers(ids) for ids in ([one, other], [other, one], [one], [other, np.array([3], np.int32)])]
+    assert len(set(hashes)) == 4
+    assert hash_answers([one.copy(), other]) == hashes[0]
