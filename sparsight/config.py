@@ -1,23 +1,22 @@
 """One frozen, typed configuration for a whole run; a component receives only its own slice.
 
 `load(path, overrides)` reads one flat YAML file, applies `--set a.b=c` overrides and checks everything; unknown
-keys are refused. Only entry points (`pipelines/*`, tests) name `RunConfig`. Nothing heavy is imported here.
+keys are refused. Only entry points (`pipelines/*`, tests) name `RunConfig`. What a training stage consists of is
+`stages`. Nothing heavy is imported here.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from sparsight.errors import ConfigError
-
-
-class Slice(BaseModel):
-    """A frozen group of settings; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from sparsight.settings import Slice, read_settings
+from sparsight.stages import StageConfig
+from sparsight.stages import TermsConfig as TermsConfig
+from sparsight.stages import TrainableGroup as TrainableGroup
+from sparsight.stages import UpcycleConfig as UpcycleConfig
 
 
 class ResourcesConfig(Slice):
@@ -116,74 +115,6 @@ class ArchitectureConfig(Slice):
     initializer_range: float = Field(default=0.02, gt=0.0)
     """Standard deviation of the text model's random weights."""
     max_positions: int = 8192
-
-
-class UpcycleConfig(Slice):
-    experts: int = Field(default=4, ge=2)
-    active_experts: int = Field(default=2, ge=1)
-    layers: Literal["every_second", "first_half", "second_half", "all"] | list[int] = "every_second"
-    """Which text layers become sparse; every_second starts at layer 0, as LLaVA-MoD does."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "UpcycleConfig":
-        if self.active_experts > self.experts:
-            raise ValueError(f"active_experts {self.active_experts} is more than experts {self.experts}")
-        return self
-
-
-class TermsConfig(Slice):
-    """Weights of the loss terms of a stage; a term of weight 0 is not computed."""
-
-    cross_entropy: float = Field(default=0.0, ge=0.0)
-    """On answers that are ground truth (never on answers that the teacher wrote)."""
-    forward_kl: float = Field(default=0.0, ge=0.0)
-    """To the teacher's stored sparse targets, on every answer."""
-    balance: float = Field(default=0.0, ge=0.0)
-    """Router load balance, averaged over the sparse layers; padding is not counted."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "TermsConfig":
-        if self.cross_entropy == 0.0 and self.forward_kl == 0.0:
-            raise ValueError("a stage needs a cross_entropy or a forward_kl weight above 0")
-        return self
-
-
-TrainableGroup = Literal["tower", "projector", "embeddings", "attention", "experts", "routers", "text"]
-
-
-class StageConfig(Slice):
-    """One training stage: what it reads, what may change, what it minimises, and for how long."""
-
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
-    rows: Literal["all", "ground_truth"] = "all"
-    """All training rows, or only those whose answers are ground truth."""
-    share: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Share of these rows' pictures that the stage learns from, chosen by seed: a small model finds its way sooner on
-    few pictures seen often than on many seen once (arXiv 2410.07041); a later stage then takes them all."""
-    upcycle: UpcycleConfig | None = None
-    """Turn the dense student that this stage receives into a sparse one before training."""
-    trainable: list[TrainableGroup] = ["projector", "text"]
-    """Groups of weights that change; `text` is the whole text model, head and routers included."""
-    terms: TermsConfig
-    tail: Literal["sampled", "bucket"] = "sampled"
-    """How the mass outside the exact head is used: unbiased sampled tail, or one bucket (biased, no variance)."""
-    epochs: float | None = Field(default=None, gt=0.0)
-    steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps; give this or `epochs`."""
-    batch_samples: int = Field(default=32, ge=1)
-    """Samples of one optimiser step, over all workers."""
-    learning_rate: float = Field(default=1e-3, gt=0.0)
-    warmup_fraction: float = Field(default=0.03, ge=0.0, le=1.0)
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip_norm: float = 1.0
-    checkpoint_every_steps: int = Field(default=200, ge=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> "StageConfig":
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError(f"stage '{self.name}': give exactly one of epochs and steps")
-        return self
 
 
 class TowerStageConfig(Slice):
@@ -298,7 +229,7 @@ class ServeConfig(Slice):
     max_body_bytes: int = 20_000_000
     max_picture_bytes: int = 10_000_000
     max_picture_pixels: int = 50_000_000
-    allowed_picture_hosts: list[str] = []
+    allowed_picture_hosts: list[str] = Field(default=[])
     """Hosts whose http(s) pictures may be fetched; empty fetches nothing and takes data: URIs only."""
     max_answer_tokens: int = Field(default=256, ge=1)
     batch_requests: int = Field(default=16, ge=1)
@@ -335,60 +266,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises `ConfigError` that names the file, the key and the fault.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read config '{path}': {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config '{path}' is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config '{path}' must be a mapping of settings, not a {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)  # pyright: ignore[reportUnknownArgumentType]
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        lines = [f"  {_where(item['loc'])}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"config '{path}' cannot be used:\n" + "\n".join(lines)) from error
+    return read_settings(RunConfig, path, overrides)
 
 
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML, defaults included."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"override '{override}' must look like a.b=value")
-    *parents, last = path.split(".")
-    node: Any = values
-    for key in parents:
-        node = _step(node, key, override)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': the value is not valid YAML") from error
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value  # pyright: ignore[reportUnknownArgumentType]
-    else:
-        node[last] = value
-
-
-def _step(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, key, override)]  # pyright: ignore[reportUnknownArgumentType]
-    child = node.setdefault(key, {}) if isinstance(node, dict) else None  # pyright: ignore
-    if not isinstance(child, dict | list):
-        raise ConfigError(f"override '{override}': '{key}' is not a group of settings")
-    return child  # pyright: ignore[reportUnknownVariableType]
-
-
-def _index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
-        raise ConfigError(f"override '{override}': '{key}' is not an index into a list of {len(node)}")
-    return int(key)
-
-
-def _where(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location) or "(top)"

@@ -11,6 +11,8 @@ ROOMS = ("sparsight", "actors", "pipelines", "serve_apps", "examples", "benchmar
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
+    frozenset({"settings"}),
+    frozenset({"stages"}),
     frozenset({"config", "records"}),
     frozenset({"storage", "observe"}),
     frozenset({"artifacts", "media"}),
