@@ -21,6 +21,7 @@ from sparsight.distill.losses import Tail, response_loss
 from sparsight.distill.optim import learning_rate_scale, make_optimizer, set_learning_rate
 from sparsight.distill.pictures import Clips, Pictures
 from sparsight.distill.rows import TrainingRow
+from sparsight.distill.telemetry import PAIRS_EVERY_STEPS, pair_counts, routing_metrics
 from sparsight.distill.workers import sum_over_workers, worker_count, worker_rank
 from sparsight.errors import CheckpointError, ConfigError
 from sparsight.model.parameters import set_trainable
@@ -30,12 +31,12 @@ from sparsight.model.vision_language import VisionLanguageModel
 
 class StepOutput(NamedTuple):
     """`loss` to differentiate; `sums` = local sums of CE, KL, CE positions, KL positions, input tokens; the balance
-    value (0-d) and loads [L, E] of the global batch, None for a dense student."""
+    value (0-d) of the global batch and the local `pair_counts` [L, E, E], None for a dense student."""
 
     loss: torch.Tensor
     sums: torch.Tensor
     balance: torch.Tensor | None
-    load_LE: torch.Tensor | None
+    pairs_LEE: torch.Tensor | None
 
 
 class StudentStep(nn.Module):
@@ -72,7 +73,8 @@ class StudentStep(nn.Module):
             balance = balance_loss(trace.logits, trace.chosen, mask_T)
         if self._balance_weight > 0:
             loss = loss + self._balance_weight * balance.loss
-        return StepOutput(loss, sums, balance.value.detach(), balance.load_LE)
+        experts = next(iter(trace.logits.values())).shape[1]
+        return StepOutput(loss, sums, balance.value.detach(), pair_counts(trace.chosen, experts, mask_T))
 
 
 def _visual_embeds(student: VisionLanguageModel, clips: Clips) -> torch.Tensor:
@@ -171,8 +173,9 @@ class StageTrainer:
 
     def _metrics(self, output: StepOutput, norm: float, rate: float) -> dict[str, float]:
         loss = output.loss.detach().to(output.sums.dtype) / worker_count()
-        totals = sum_over_workers(torch.cat([output.sums.detach(), loss[None]]))
-        ce, kl, ce_positions, kl_positions, tokens, loss_value = totals.tolist()
+        counts = [] if output.pairs_LEE is None else [output.pairs_LEE.flatten().to(output.sums.dtype)]
+        totals = sum_over_workers(torch.cat([output.sums.detach(), loss[None], *counts]))
+        ce, kl, ce_positions, kl_positions, tokens, loss_value = totals[:6].tolist()
         now_s = time.perf_counter()
         metrics = {"loss": loss_value, "learning_rate": rate, "gradient_norm": norm}
         metrics["tokens_per_s"] = tokens / (now_s - self._last_s)
@@ -181,10 +184,10 @@ class StageTrainer:
             metrics["cross_entropy"] = ce / ce_positions
         if kl_positions:
             metrics["forward_kl"] = kl / kl_positions
-        if output.balance is not None and output.load_LE is not None:
+        if output.balance is not None and output.pairs_LEE is not None:
             metrics["balance"] = float(output.balance)
-            for layer, load_E in zip(self.sparse_layers, output.load_LE.tolist(), strict=True):
-                metrics |= {f"load/layer_{layer}/expert_{expert}": share for expert, share in enumerate(load_E)}
+            pairs = self.step % PAIRS_EVERY_STEPS == 0 or self.done
+            metrics |= routing_metrics(totals[6:].view_as(output.pairs_LEE), self.sparse_layers, pairs)
         return metrics
 
 

@@ -1,10 +1,12 @@
 """Watching the routers of a sparse text model: their logits and choices, layer by layer, by forward hooks.
 
-The outer LLaVA-OneVision class does not return router logits, and hooks are the public way to get them. What is
-done with them (balance loss, load figures) is decided by the callers.
+The outer LLaVA-OneVision class does not return router logits, and hooks are the public way to get them. Counts of
+choices and the entropy of a load are here because training and evaluation both tell them; what else is done with the
+routers' words (balance loss, telemetry) is decided by the callers.
 """
 
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,3 +59,22 @@ def expert_load(chosen_TA: torch.Tensor, experts: int, mask_T: torch.Tensor | No
     kept = chosen_TA if mask_T is None else chosen_TA[mask_T.bool()]
     counts_E = torch.bincount(kept.reshape(-1), minlength=experts).float()
     return counts_E / counts_E.sum().clamp(min=1)
+
+
+def chosen_together(chosen_TA: torch.Tensor, experts: int, mask_T: torch.Tensor | None = None) -> torch.Tensor:
+    """How many tokens were sent to both of two experts [E, E]; the diagonal counts each expert's own tokens.
+
+    Symmetric; masked-out tokens do not count. A token's chosen experts must differ, as top-k makes them.
+    """
+    kept = chosen_TA if mask_T is None else chosen_TA[mask_T.bool()]
+    pairs_TAA = kept[:, :, None] * experts + kept[:, None, :]
+    return torch.bincount(pairs_TAA.flatten(), minlength=experts * experts).view(experts, experts)
+
+
+def load_entropy(load_E: Sequence[float]) -> float:
+    """Entropy of shares that sum to 1, relative to ln E: 1 where all experts have equal shares, 0 where one has all.
+
+    Times ln E it is in nats. All-zero shares (nothing was routed) have entropy 0.
+    """
+    nats = -math.fsum(share * math.log(share) for share in load_E if share > 0.0)
+    return abs(nats) / math.log(len(load_E))
