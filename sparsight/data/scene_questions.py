@@ -8,7 +8,7 @@ positions are clearly apart. Called by `pipelines.prepare`; the wording follows 
 from collections.abc import Collection, Iterator
 from itertools import combinations, count, pairwise, product
 from random import Random
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sparsight.config import ScenesSource
 from sparsight.data.scenes import COLOUR_NAMES, SHAPES, Scene, SceneObject, draw, random_scene
@@ -28,10 +28,16 @@ CLEAR_PIXELS = 2.0
 Split = Literal["train", "test"]
 
 
-def scene_samples(
-    source: ScenesSource, split: Split, seed: int, turns_per_sample: int, exclude: Collection[str] = ()
-) -> Iterator[Sample]:
-    """The scenes of a split as samples: `source.pictures` for training, `source.test_pictures` held out.
+class DrawnScene(NamedTuple):
+    """A scene of a split with its picture, and the generator that drew it, from which its questions are drawn next."""
+
+    scene: Scene
+    picture: bytes
+    random: Random
+
+
+def drawn_scenes(source: ScenesSource, split: Split, seed: int, exclude: Collection[str] = ()) -> Iterator[DrawnScene]:
+    """The scenes of a split: `source.pictures` for training, `source.test_pictures` held out.
 
     Both splits draw from streams of their own. Pictures whose content hash is in `exclude` are drawn again, so a test
     set made with the training hashes shares no picture with it. Same arguments, same bytes.
@@ -46,10 +52,17 @@ def scene_samples(
         picture = encode_png(draw(scene))
         if hash_frames([picture]) in exclude:
             continue
-        turns = ask(scene, random)
-        for part, piece in enumerate(pieces(turns, turns_per_sample)):
-            yield Sample(f"scenes/{split}/{made}/{part}", (picture,), piece, "scenes", independent=True)
         made += 1
+        yield DrawnScene(scene, picture, random)
+
+
+def scene_samples(
+    source: ScenesSource, split: Split, seed: int, turns_per_sample: int, exclude: Collection[str] = ()
+) -> Iterator[Sample]:
+    """The scenes of a split (see `drawn_scenes`) with their questions as samples. Same arguments, same bytes."""
+    for number, (scene, picture, random) in enumerate(drawn_scenes(source, split, seed, exclude)):
+        for part, piece in enumerate(pieces(ask(scene, random), turns_per_sample)):
+            yield Sample(f"scenes/{split}/{number}/{part}", (picture,), piece, "scenes", independent=True)
 
 
 def ask(scene: Scene, random: Random) -> tuple[Turn, ...]:
