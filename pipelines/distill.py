@@ -25,6 +25,7 @@ from sparsight.distill.batches import steps_of
 from sparsight.distill.rows import RowMaker, TrainingRow, share_of
 from sparsight.distill.start import first_student
 from sparsight.errors import ConfigError
+from sparsight.media.images import DecodeLimits
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import say
 from sparsight.records import Sample, TeacherSignal
@@ -178,8 +179,7 @@ def stage_job(
         features=features,
         seed=config.seed,
         vocabulary=vocabulary,
-        max_picture_bytes=config.data.max_picture_bytes,
-        max_picture_pixels=config.data.max_picture_pixels,
+        limits=DecodeLimits.of(config.data),
         threads=config.resources.threads_per_worker,
         gpu=config.resources.train_gpus,
     )

@@ -39,6 +39,7 @@ from sparsight.evaluate.results import (
 )
 from sparsight.evaluate.scores import Baselines
 from sparsight.evaluate.speed import decode_speeds
+from sparsight.media.images import DecodeLimits
 from sparsight.model.parameters import activated_parameters, total_parameters
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import progress_bar, say
@@ -152,9 +153,10 @@ def _task(function: Any, config: RunConfig) -> Any:
 
 def _answers(config: RunConfig, models: Sequence[ModelSource], sets: Mapping[str, Storage]) -> Answered:
     settings, threads = config.evaluate, config.resources.threads_per_worker
+    limits = DecodeLimits.of(config.data)
     counts = {name: _questions(storage, settings) for name, storage in sets.items()}
     work = {
-        _task(_examine, config).remote(model, storage, settings, threads): (model.name, name)
+        _task(_examine, config).remote(model, storage, settings, limits, threads): (model.name, name)
         for name, storage in sets.items()
         for model in models
     }
@@ -178,10 +180,12 @@ def _questions(storage: Storage, settings: EvaluateConfig) -> int:
     return questions if settings.limit is None else min(questions, settings.limit)
 
 
-def _examine(source: ModelSource, samples: Storage, settings: EvaluateConfig, threads: int) -> Generator[Examination]:
+def _examine(
+    source: ModelSource, samples: Storage, settings: EvaluateConfig, limits: DecodeLimits, threads: int
+) -> Generator[Examination]:
     """Runs in a worker: one model on one test set, piece by piece."""
     torch.set_num_threads(threads)
-    examiner = Examiner(load(source), settings.batch_samples, settings.max_answer_tokens)
+    examiner = Examiner(load(source), settings.batch_samples, settings.max_answer_tokens, limits)
     for piece in by_pictures(iter_samples(samples), PICTURES_PER_PIECE, settings.limit):
         yield examiner.examine(piece)
 

@@ -11,6 +11,7 @@ from sparsight.config import RunConfig
 from sparsight.data.samples import iter_samples
 from sparsight.distill.pictures import FEATURES_VERSION, PixelPictures, in_groups, write_features
 from sparsight.distill.start import tower_digest
+from sparsight.media.images import DecodeLimits
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import progress_bar
 from sparsight.storage import Storage
@@ -31,8 +32,7 @@ def make_features(config: RunConfig, model_directory: Path) -> Storage:
     if artifact.finished:
         return artifact.storage
     artifact.begin()
-    data = config.data
-    pictures = PixelPictures(iter_samples(samples), model.pixels, data.max_picture_bytes, data.max_picture_pixels)
+    pictures = PixelPictures(iter_samples(samples), model.pixels, *DecodeLimits.of(config.data))
     clips = in_groups(pictures.content_hashes, CLIPS_PER_FILE)
     with progress_bar("features", total=len(pictures.content_hashes), unit="picture") as bar:
         for done in write_features(artifact.storage, pictures, clips, model.features):

@@ -18,6 +18,7 @@ from sparsight.data.samples import iter_samples, read_samples
 from sparsight.distill.batches import steps_of
 from sparsight.distill.rows import RowMaker, share_of
 from sparsight.errors import ConfigError
+from sparsight.media.images import DecodeLimits
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.tower import train_tower
 from sparsight.model.vision_language import VisionLanguageModel
@@ -50,7 +51,7 @@ def make_teacher(config: RunConfig) -> None:
         say("teacher: nothing to do, the teacher is there")
         return
     artifact.begin()
-    tower = _tower(settings, config.seed, samples, artifact.storage)
+    tower = _tower(settings, config, samples, artifact.storage)
     before, figures = tower.storage, dict(_figures(tower))
     for stage in settings.stages:
         finished = _stage(config, stage, before, artifact, samples)
@@ -77,10 +78,11 @@ def _figures(artifact: Artifact) -> dict[str, float]:
     return manifest.figures if manifest is not None else {}
 
 
-def _tower(settings: TinyTeacherConfig, seed: int, samples: Storage, teacher: Storage) -> Artifact:
+def _tower(settings: TinyTeacherConfig, config: RunConfig, samples: Storage, teacher: Storage) -> Artifact:
     """A fresh model of the teacher's sizes with a trained tower."""
-    config = settings.model_dump(mode="json", include={"architecture", "vocabulary", "tower"})
-    artifact = Artifact(teacher.child(TOWER), KIND, VERSION, {"seed": seed, **config}, {})
+    seed, limits = config.seed, DecodeLimits.of(config.data)
+    content = settings.model_dump(mode="json", include={"architecture", "vocabulary", "tower"})
+    artifact = Artifact(teacher.child(TOWER), KIND, VERSION, {"seed": seed, **content}, {})
     if artifact.finished:
         return artifact
     artifact.begin()
@@ -94,7 +96,7 @@ def _tower(settings: TinyTeacherConfig, seed: int, samples: Storage, teacher: St
                 bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
                 bar.update(step - bar.n)
 
-            figures = train_tower(model, settings.tower, rows, seed, report)
+            figures = train_tower(model, settings.tower, rows, seed, report, limits)
         artifact.storage.publish(Path(folder), "")
     _save(model, artifact.storage)
     artifact.commit(figures=figures)

@@ -28,6 +28,7 @@ from sparsight.distill.loop import StageTrainer
 from sparsight.distill.pictures import FeaturePictures, Pictures, PixelPictures
 from sparsight.distill.rows import TrainingRow
 from sparsight.errors import SparsightError
+from sparsight.media.images import DecodeLimits
 from sparsight.model.parameters import activated_parameters, total_parameters
 from sparsight.model.upcycle import upcycle
 from sparsight.model.vision_language import VisionLanguageModel
@@ -56,8 +57,7 @@ class StageJob:
     """The feature table; None computes features from the samples' pictures in the step."""
     seed: int
     vocabulary: int | None
-    max_picture_bytes: int
-    max_picture_pixels: int
+    limits: DecodeLimits
     threads: int
     gpu: bool
 
@@ -73,7 +73,7 @@ class StageJob:
         if self.features is not None:
             return FeaturePictures(open_storage(self.features))
         samples = iter_samples(open_storage(self.samples))
-        return PixelPictures(samples, student.pixels, self.max_picture_bytes, self.max_picture_pixels)
+        return PixelPictures(samples, student.pixels, *self.limits)
 
 
 def train_stage(job: StageJob, rows: Sequence[TrainingRow], steps: int, resources: ResourcesConfig) -> dict[str, float]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from sparsight.media.chat import EncodedChat
-from sparsight.media.images import decode
+from sparsight.media.images import DEFAULT_LIMITS, DecodeLimits, decode
 from sparsight.media.pixels import to_pixels
 from sparsight.model.decode import BatchDecoder
 from sparsight.model.routing import RouterTrace, routers, trace_routers
@@ -124,8 +124,11 @@ class _Item:
 class Examiner:
     """Examines one model; questions of like length share a batch of `batch` rows."""
 
-    def __init__(self, model: VisionLanguageModel, batch: int, max_answer_tokens: int) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, batch: int, max_answer_tokens: int, limits: DecodeLimits = DEFAULT_LIMITS
+    ) -> None:
         self.model = model
+        self.limits = limits
         self.batch = batch
         self.max_answer_tokens = max_answer_tokens
         self._chats: dict[tuple[Turn, int], EncodedChat] = {}
@@ -160,7 +163,7 @@ class Examiner:
         tokens: dict[str, torch.Tensor] = {}
         for frames, group in groupby(clips, key=lambda clip: len(clip[1])):
             for batch in _batches(list(group), max(1, self.batch // frames)):
-                pictures = [decode(frame) for _, clip in batch for frame in clip]
+                pictures = [decode(frame, *self.limits) for _, clip in batch for frame in clip]
                 features_NPD = self.model.features(to_pixels(pictures, self.model.pixels))
                 embeds_BTD = self.model.clip_embeds(features_NPD.unflatten(0, (len(batch), frames)))
                 tokens |= {name: embeds_TD for (name, _), embeds_TD in zip(batch, embeds_BTD, strict=True)}

@@ -6,6 +6,7 @@ the data importers, by labelling and training when they read a sample, and by th
 """
 
 from io import BytesIO
+from typing import NamedTuple, Protocol
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -15,6 +16,29 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 MAX_PICTURE_BYTES = 20_000_000
 MAX_PICTURE_PIXELS = 50_000_000
+
+
+class _Configured(Protocol):
+    @property
+    def max_picture_bytes(self) -> int: ...
+
+    @property
+    def max_picture_pixels(self) -> int: ...
+
+
+class DecodeLimits(NamedTuple):
+    """The largest picture that is opened: its encoded size, and width × height. The arguments of `decode`, in order."""
+
+    max_bytes: int = MAX_PICTURE_BYTES
+    max_pixels: int = MAX_PICTURE_PIXELS
+
+    @staticmethod
+    def of(config: _Configured) -> "DecodeLimits":
+        """Those of a slice of the configuration."""
+        return DecodeLimits(config.max_picture_bytes, config.max_picture_pixels)
+
+
+DEFAULT_LIMITS = DecodeLimits()
 
 
 def decode(data: bytes, max_bytes: int = MAX_PICTURE_BYTES, max_pixels: int = MAX_PICTURE_PIXELS) -> Image.Image:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from sparsight.config import TowerStageConfig
 from sparsight.data.easy_vqa import SOURCE as ONE_OBJECT_SOURCE
 from sparsight.data.scenes import COLOUR_NAMES, SHAPES, Scene, draw, patch_labels, random_scene
-from sparsight.media.images import decode
+from sparsight.media.images import DEFAULT_LIMITS, DecodeLimits, decode
 from sparsight.media.pixels import to_pixels
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.records import Sample
@@ -60,7 +60,12 @@ class OneObject(NamedTuple):
 
 
 def train_tower(
-    model: VisionLanguageModel, settings: TowerStageConfig, samples: Iterable[Sample], seed: int, report: Report
+    model: VisionLanguageModel,
+    settings: TowerStageConfig,
+    samples: Iterable[Sample],
+    seed: int,
+    report: Report,
+    limits: DecodeLimits = DEFAULT_LIMITS,
 ) -> dict[str, float]:
     """Train the model's tower in place; returns its accuracy on freshly drawn scenes (patches that show objects).
 
@@ -68,9 +73,8 @@ def train_tower(
     """
     torch.manual_seed(seed)
     start_positions(model)
-    trainer = _TowerTrainer(
-        model, settings, draw_scenes(model, settings.drawn_pictures, seed), one_object(model, samples)
-    )
+    real = one_object(model, samples, limits)
+    trainer = _TowerTrainer(model, settings, draw_scenes(model, settings.drawn_pictures, seed), real)
     picks = np.random.default_rng(seed)
     for step in range(settings.steps):
         report(step + 1, trainer.train_step(step, picks))
@@ -118,7 +122,9 @@ def _centres(scene: Scene, patch: int) -> torch.Tensor:
     return marks_P
 
 
-def one_object(model: VisionLanguageModel, samples: Iterable[Sample]) -> OneObject:
+def one_object(
+    model: VisionLanguageModel, samples: Iterable[Sample], limits: DecodeLimits = DEFAULT_LIMITS
+) -> OneObject:
     """Training pictures whose answers name the one object in them (easy-VQA); there may be none."""
     frames: dict[str, bytes] = {}
     named: dict[str, list[int]] = {}
@@ -133,7 +139,7 @@ def one_object(model: VisionLanguageModel, samples: Iterable[Sample]) -> OneObje
                     label[1] = COLOUR_NAMES.index(turn.answer)
     side = model.pixels.side
     pixels = (
-        to_pixels([decode(frame) for frame in frames.values()], model.pixels)
+        to_pixels([decode(frame, *limits) for frame in frames.values()], model.pixels)
         if frames
         else torch.zeros(0, 3, side, side)
     )

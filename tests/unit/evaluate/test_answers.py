@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparsight.errors import PictureError
 from sparsight.evaluate.answers import (
     ANSWER_TOKENS,
     PICTURE_TOKENS,
@@ -15,7 +16,7 @@ from sparsight.evaluate.answers import (
     join,
     normalise,
 )
-from sparsight.media.images import decode
+from sparsight.media.images import DecodeLimits, decode
 from sparsight.media.pixels import to_pixels
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.records import Sample, Turn
@@ -99,6 +100,12 @@ def test_pieces_join_to_the_whole(model: VisionLanguageModel, samples: list[Samp
     assert whole.answers == examination.answers
     assert whole.expert_counts == examination.expert_counts
     np.testing.assert_allclose(whole.states_nD, examination.states_nD, atol=2e-5)
+
+
+def test_pictures_beyond_the_configured_limits_are_refused(model: VisionLanguageModel, samples: list[Sample]) -> None:
+    examiner = Examiner(model, 7, LIMIT, DecodeLimits(max_bytes=10))
+    with pytest.raises(PictureError, match="the limit is 10"):
+        examiner.examine(samples)
 
 
 @pytest.mark.parametrize("limit", [1, 4, 13])

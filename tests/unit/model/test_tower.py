@@ -8,7 +8,8 @@ import torch
 from sparsight.config import ArchitectureConfig, TowerStageConfig
 from sparsight.data.easy_vqa import SOURCE
 from sparsight.data.scenes import COLOUR_NAMES, SHAPES, draw, random_scene
-from sparsight.media.images import encode_png
+from sparsight.errors import PictureError
+from sparsight.media.images import DecodeLimits, encode_png
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.tower import draw_scenes, one_object, start_positions, train_tower
 from sparsight.model.vision_language import VisionLanguageModel
@@ -76,6 +77,8 @@ def test_samples_of_one_object_are_named_by_their_answers() -> None:
     assert [SHAPES[index] for index in pictures.shape_N] == [row.turns[0].answer for row in rows]
     assert [COLOUR_NAMES[index] for index in pictures.colour_N] == [row.turns[2].answer for row in rows]
     assert len(one_object(model, [elsewhere]).pixels) == 0
+    with pytest.raises(PictureError, match="the limit is 1000"):
+        one_object(model, rows, DecodeLimits(max_pixels=1000))
 
 
 def test_drawn_scenes_say_where_their_objects_are() -> None:
