@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from sparsight.settings import Slice, read_settings
-from sparsight.stages import StageConfig
+from sparsight.stages import StageConfig, StudentRun
 from sparsight.stages import TermsConfig as TermsConfig
 from sparsight.stages import TrainableGroup as TrainableGroup
 from sparsight.stages import UpcycleConfig as UpcycleConfig
@@ -169,13 +169,6 @@ class StudentConfig(Slice):
     architecture: ArchitectureConfig = ArchitectureConfig(text_layers=2)
     tower_from_teacher: bool = True
     """Copy the teacher's tower (same sizes needed) instead of starting from random weights."""
-
-
-class StudentRun(Slice):
-    """One student: its name and its stages, each starting where the one before ended."""
-
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
-    stages: list[StageConfig] = Field(min_length=1)
 
 
 class DistillConfig(Slice):

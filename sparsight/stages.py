@@ -1,14 +1,21 @@
 """What one training stage consists of: what it reads, what may change, what it minimises, and for how long.
 
-Settings only, and which of them contradict each other. `config` lists the students that go through stages, `presets`
-the stages that published methods consist of.
+Settings only, and which of them contradict each other. A student is a list of stages, which it may take from
+`presets`; `config` lists the students of a run.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from sparsight.presets import PRESETS, stages_of
 from sparsight.settings import Slice
+
+
+def _unless(unset: object) -> Callable[[Any], bool]:
+    """Leaves a setting that is not in use out of what is written, so that it changes no stage's fingerprint."""
+    return lambda value: value == unset
 
 
 class UpcycleConfig(Slice):
@@ -33,11 +40,32 @@ class TermsConfig(Slice):
     """To the teacher's stored sparse targets, on every answer."""
     balance: float = Field(default=0.0, ge=0.0)
     """Router load balance, averaged over the sparse layers; padding is not counted."""
+    preference: float = Field(default=0.0, ge=0.0, exclude_if=_unless(0.0))
+    """Of `rows: pairs`, by the stage's `preference` settings; `cross_entropy` then is on the chosen answers."""
 
     @model_validator(mode="after")
     def _check(self) -> "TermsConfig":
-        if self.cross_entropy == 0.0 and self.forward_kl == 0.0:
-            raise ValueError("a stage needs a cross_entropy or a forward_kl weight above 0")
+        if self.cross_entropy == 0.0 and self.forward_kl == 0.0 and self.preference == 0.0:
+            raise ValueError("a stage needs a cross_entropy, a forward_kl or a preference weight above 0")
+        return self
+
+
+class PreferenceConfig(Slice):
+    """How a student is brought to prefer the chosen answers; the formulas are in docs/numerics.md."""
+
+    loss: Literal["dpo", "kto_pair"] = "kto_pair"
+    beta: float = Field(default=0.1, gt=0.0)
+    """How much of a change in log-prob counts as a change in preference."""
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Share of pairs that are held to be the wrong way round; for `dpo` only."""
+    reference: Literal["teacher", "student"] = "teacher"
+    """Log-probs are taken relative to the teacher's, stored with the pairs, or to those that the student itself had
+    when the stage began."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PreferenceConfig":
+        if self.label_smoothing > 0.0 and self.loss != "dpo":
+            raise ValueError(f"label_smoothing is a setting of the loss 'dpo', not of '{self.loss}': set it to 0")
         return self
 
 
@@ -48,15 +76,18 @@ class StageConfig(Slice):
     """One training stage: what it reads, what may change, what it minimises, and for how long."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
-    rows: Literal["all", "ground_truth"] = "all"
-    """All training rows, or only those whose answers are ground truth."""
+    rows: Literal["all", "ground_truth", "pairs"] = "all"
+    """All training rows, or only those whose answers are ground truth, or the student's preference pairs."""
     share: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of these rows' pictures that the stage learns from, chosen by seed: a small model finds its way sooner on
     few pictures seen often than on many seen once (arXiv 2410.07041); a later stage then takes them all."""
     upcycle: UpcycleConfig | None = None
     """Turn the dense student that this stage receives into a sparse one before training."""
+    preference: PreferenceConfig | None = Field(default=None, exclude_if=_unless(None))
+    """For `rows: pairs`, and only there."""
     trainable: list[TrainableGroup] = Field(default=["projector", "text"])
-    """Groups of weights that change; `text` is the whole text model, head and routers included."""
+    """Groups of weights that change. `experts` are the feed-forward networks of all text layers, dense ones included;
+    `attention` holds the norms, `embeddings` the head; `text` is the whole text model, routers included."""
     terms: TermsConfig
     tail: Literal["sampled", "bucket"] = "sampled"
     """How the mass outside the exact head is used: unbiased sampled tail, or one bucket (biased, no variance)."""
@@ -76,4 +107,52 @@ class StageConfig(Slice):
     def _check(self) -> "StageConfig":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"stage '{self.name}': give exactly one of epochs and steps")
+        fault = self._preference_fault()
+        if fault is not None:
+            raise ValueError(f"stage '{self.name}': {fault}")
+        return self
+
+    def _preference_fault(self) -> str | None:
+        if self.rows != "pairs":
+            if self.terms.preference > 0.0:
+                return "terms.preference learns from pairs of answers: set rows: pairs"
+            return None if self.preference is None else "preference settings are for rows: pairs"
+        if self.terms.preference == 0.0:
+            return "rows: pairs are for preference: set terms.preference above 0"
+        if self.preference is None:
+            return "terms.preference needs the settings of the loss: give preference: {loss: kto_pair}"
+        if self.terms.forward_kl > 0.0:
+            return "pairs hold no teacher targets for terms.forward_kl: the teacher enters as preference.reference"
+        return None
+
+
+class StudentRun(Slice):
+    """One student: its name and its stages, each starting where the one before ended."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    preset: Literal["llava_mod"] | None = Field(default=None, exclude_if=_unless(None))
+    """Take the stages of a published method: `llava_mod` has `adaptor`, `d2d` (KL on a dense student), `d2s` (KL and
+    cross-entropy on a sparse one) and `preference`, with its paper's batches and learning rates, one epoch each."""
+    stages: list[StageConfig] = Field(min_length=1)
+    """With a preset: settings laid over the preset's stages, each naming its stage; all others stay as they are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return values
+        return {**values, "stages": stages_of(preset, values.get("stages") or [])}
+
+    @model_validator(mode="after")
+    def _check(self) -> "StudentRun":
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"student '{self.name}': stage names are not unique: {names}")
+        pairs = [index for index, stage in enumerate(self.stages) if stage.rows == "pairs"]
+        if pairs and (pairs[0] == 0 or len(pairs) > 1):
+            raise ValueError(
+                f"student '{self.name}': pairs are made once, from answers that an earlier stage taught: give one "
+                "stage with rows: pairs, and not the first"
+            )
         return self

@@ -11,7 +11,7 @@ ROOMS = ("sparsight", "actors", "pipelines", "serve_apps", "examples", "benchmar
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"settings"}),
+    frozenset({"settings", "presets"}),
     frozenset({"stages"}),
     frozenset({"config", "records"}),
     frozenset({"storage", "observe"}),

@@ -77,7 +77,7 @@ def test_overrides_reach_groups_and_lists(path: Path) -> None:
         ("=1", "must look like a.b=value"),
         ("label.head=[1", "the value is not valid YAML"),
         ("distill.students.0.stages.0.epochs=1", "give exactly one of epochs and steps"),
-        ("distill.students.0.stages.0.terms={balance: 1.0}", "needs a cross_entropy or a forward_kl"),
+        ("distill.students.0.stages.0.terms={balance: 1.0}", "needs a cross_entropy, a forward_kl or a"),
         ("distill.students.0.stages.0.upcycle={experts: 2, active_experts: 3}", "active_experts 3 is more than"),
     ],
 )
