@@ -88,14 +88,14 @@ def label_samples(
     results: list[TeacherSignal | Quarantined | None] = [None] * len(samples)
     rows: list[OpenSample] = []
     for place, sample in enumerate(samples):
-        opened = _open(place, sample, settings)
+        opened = open_sample(place, sample, settings.max_picture_bytes, settings.max_picture_pixels)
         if isinstance(opened, Quarantined):
             results[place] = opened
         else:
             rows.append(opened)
     size = settings.label.batch_samples
     encoded: list[EncodedSample] = []
-    for batch in _batches(rows, size, _text_size):
+    for batch in batches(rows, size, text_size):
         seen = model.look(batch)
         for row, view in zip(_answered(model, batch, seen, settings), seen, strict=True):
             sequence = _encode(model, row, view)
@@ -103,7 +103,7 @@ def label_samples(
                 results[row.place] = sequence
             else:
                 encoded.append(sequence)
-    for batch in _batches(encoded, size, lambda row: len(row.input_ids)):
+    for batch in batches(encoded, size, lambda row: len(row.input_ids)):
         for row, signal in zip(batch, _signals(model, settings, batch, samples), strict=True):
             results[row.place] = signal
     assert all(result is not None for result in results)
@@ -159,13 +159,12 @@ def questions_apart(row: OpenSample) -> list[OpenSample]:
     return [replace(row, sample=replace(row.sample, turns=(turn,))) for turn in row.sample.turns]
 
 
-def _open(place: int, sample: Sample, settings: SignalSettings) -> OpenSample | Quarantined:
+def open_sample(place: int, sample: Sample, max_bytes: int, max_pixels: int) -> OpenSample | Quarantined:
+    """The sample with its pictures decoded within limits, or why that cannot be."""
     if not sample.frames or not sample.turns:
         return Quarantined(sample.id, sample.source, "the sample has no picture or no question")
     try:
-        pictures = tuple(
-            decode(frame, settings.max_picture_bytes, settings.max_picture_pixels) for frame in sample.frames
-        )
+        pictures = tuple(decode(frame, max_bytes, max_pixels) for frame in sample.frames)
     except DataError as error:
         return Quarantined(sample.id, sample.source, str(error))
     return OpenSample(place, sample, pictures)
@@ -233,13 +232,13 @@ def _signals(
         start = end
 
 
-def _text_size(row: OpenSample) -> tuple[int, int, int]:
+def text_size(row: OpenSample) -> tuple[int, int, int]:
     """Orders rows so that neighbours take about as many steps: turns, then frames, then characters."""
     turns = row.sample.turns
     return len(turns), len(row.pictures), sum(len(turn.question) + len(turn.answer or "") for turn in turns)
 
 
-def _batches(items: Sequence[Item], size: int, key: Callable[[Item], Any]) -> Iterator[list[Item]]:
+def batches(items: Sequence[Item], size: int, key: Callable[[Item], Any]) -> Iterator[list[Item]]:
     """Items of similar size together, so that little of a batch is padding."""
     ordered = sorted(items, key=key)
     for start in range(0, len(ordered), size):

@@ -7,17 +7,26 @@ its output embeddings on chosen positions. Used through `load.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from sparsight.errors import CheckpointError, DataError
 from sparsight.media.chat import ChatEncoder
+from sparsight.model.answer_scores import CHUNK_ELEMENTS
+from sparsight.model.sampling import SamplingSettings, TokenChooser
 from sparsight.records import Quarantined, Sample, TeacherSignal, Turn
+from sparsight.teacher.answering import DrawSettings, ScoredAnswers
 from sparsight.teacher.flow import EncodedSample, OpenSample, label_questions_apart
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 
@@ -28,10 +37,10 @@ _TOLERANCE = 1e-2
 class HfTeacher:
     """Labels with a stock image-text-to-text model."""
 
-    def __init__(self, model: Any, processor: Any, identity: TeacherIdentity, settings: SignalSettings) -> None:
+    def __init__(self, model: "ImageTextModel", identity: TeacherIdentity, settings: SignalSettings) -> None:
         self.identity = identity
         self.settings = settings
-        self._model = ImageTextModel(model, processor)
+        self._model = model
 
     @classmethod
     def load(
@@ -44,23 +53,7 @@ class HfTeacher:
         device: str = "cpu",
     ) -> "HfTeacher":
         """Read a model directory. Raises `CheckpointError` if it is incomplete or cannot be labelled with."""
-        kernels = {"attn_implementation": attention} if attention else {}
-        try:
-            processor: Any = AutoProcessor.from_pretrained(directory)
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                directory, dtype=dtype, output_loading_info=True, **kernels
-            )
-        except ImportError as error:
-            raise CheckpointError(
-                f"the processor of '{directory}' needs a package that is not installed: install torchvision "
-                f"({str(error).strip().splitlines()[0]})"
-            ) from error
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"cannot load an image-text-to-text model from '{directory}': {error}") from error
-        model, info = loaded
-        if info["missing_keys"]:
-            raise CheckpointError(f"'{directory}' lacks weights: {sorted(info['missing_keys'])[:5]}")
-        return cls(model.to(device).eval(), processor, identity, settings)
+        return cls(ImageTextModel.load(directory, dtype, attention, device), identity, settings)
 
     def label(self, samples: Sequence[Sample]) -> list[TeacherSignal | Quarantined]:
         return label_questions_apart(self._model, self.settings, samples)
@@ -90,7 +83,8 @@ class View:
 
 
 class ImageTextModel:
-    """A transformers model and its processor as the labelling flow wants them (`flow.TeacherModel`)."""
+    """A transformers model and its processor as labelling and pair making want them (`flow.TeacherModel`,
+    `answering.AnswerModel`)."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
@@ -108,6 +102,29 @@ class ImageTextModel:
             eos_token_id=model.generation_config.eos_token_id or self.chat.end_id,
         )
         self._check()
+
+    @classmethod
+    def load(
+        cls, directory: Path, dtype: str = "auto", attention: str | None = None, device: str = "cpu"
+    ) -> "ImageTextModel":
+        """Read a model directory. Raises `CheckpointError` if it is incomplete or cannot be used as a teacher."""
+        kernels = {"attn_implementation": attention} if attention else {}
+        try:
+            processor: Any = AutoProcessor.from_pretrained(directory)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                directory, dtype=dtype, output_loading_info=True, **kernels
+            )
+        except ImportError as error:
+            raise CheckpointError(
+                f"the processor of '{directory}' needs a package that is not installed: install torchvision "
+                f"({str(error).strip().splitlines()[0]})"
+            ) from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"cannot load an image-text-to-text model from '{directory}': {error}") from error
+        model, info = loaded
+        if info["missing_keys"]:
+            raise CheckpointError(f"'{directory}' lacks weights: {sorted(info['missing_keys'])[:5]}")
+        return cls(model.to(device).eval(), processor)
 
     def look(self, rows: Sequence[OpenSample]) -> list[View]:
         return [self._view(row) for row in rows]
@@ -141,6 +158,49 @@ class ImageTextModel:
         positions_n = np.concatenate([np.arange(start, end) for start, end in spans])
         lengths = tuple(end - start for start, end in spans)
         return EncodedSample(row.place, ids, positions_n, lengths, ids.count(self.chat.visual_id), seen)
+
+    def prompt_tokens(self, row: OpenSample, seen: View) -> int:
+        return len(seen.prefix_ids)
+
+    def draw(
+        self, rows: Sequence[OpenSample], seen: Sequence[View], seeds: Sequence[Sequence[int]], settings: DrawSettings
+    ) -> list[list[str]]:
+        """Every answer is a row of its own from the start: generation of any model cannot share a prompt's cache."""
+        views = [view for view, row in zip(seen, seeds, strict=True) for _ in row]
+        streams = [SamplingSettings(settings.temperature, settings.top_p, seed) for row in seeds for seed in row]
+        drawn = LogitsProcessorList([_Chosen(TokenChooser(streams))])
+        texts = self._generate([list(view.prefix_ids) for view in views], views, settings.max_tokens, drawn)
+        times = len(seeds[0])
+        return [texts[start : start + times] for start in range(0, len(texts), times)]
+
+    def score(
+        self, rows: Sequence[OpenSample], seen: Sequence[View], answers: Sequence[Sequence[str]]
+    ) -> list[ScoredAnswers]:
+        """One forward pass in which every answer is a row of its own: not every model's attention can be packed."""
+        given = [
+            (replace(row, sample=replace(row.sample, turns=(replace(row.sample.turns[0], answer=text),))), view)
+            for row, view, texts in zip(rows, seen, answers, strict=True)
+            for text in texts
+        ]
+        encoded = [self.encode(row, view) for row, view in given]
+        ids = [np.asarray(row.input_ids, dtype=np.int32)[row.response_positions_n] for row in encoded]
+        hidden_nD = self.response_hidden(encoded)
+        labels_n = torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(hidden_nD.device)
+        chunk = max(16, CHUNK_ELEMENTS // self.vocabulary)
+        losses = [
+            torch.nn.functional.cross_entropy(self.head(part_nD).float(), labels, reduction="none")
+            for part_nD, labels in zip(hidden_nD.split(chunk), labels_n.split(chunk), strict=True)
+        ]
+        sums = iter([-float(part_n.sum()) for part_n in torch.cat(losses).split([len(answer) for answer in ids])])
+        parts = iter(ids)
+        return [
+            ScoredAnswers(
+                tuple(next(sums) for _ in texts),
+                tuple(next(parts) for _ in texts),
+                view.prefix_ids.count(self.chat.visual_id),
+            )
+            for texts, view in zip(answers, seen, strict=True)
+        ]
 
     def response_hidden(self, rows: Sequence[EncodedSample]) -> torch.Tensor:
         views: list[View] = [row.inputs for row in rows]
@@ -196,11 +256,19 @@ class ImageTextModel:
     def _tokenize(self, text: str) -> list[int]:
         return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _generate(self, ids: Sequence[list[int]], views: Sequence[View], max_tokens: int) -> list[str]:
+    def _generate(
+        self,
+        ids: Sequence[list[int]],
+        views: Sequence[View],
+        max_tokens: int,
+        chosen: LogitsProcessorList | None = None,
+    ) -> list[str]:
         if not ids:
             return []
         inputs = self._inputs(ids, views, left=True)
-        written_BT = self.model.generate(**inputs, generation_config=self._generation, max_new_tokens=max_tokens)
+        written_BT = self.model.generate(
+            **inputs, generation_config=self._generation, max_new_tokens=max_tokens, logits_processor=chosen
+        )
         return [self.chat.decode(row) for row in written_BT[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _inputs(self, ids: Sequence[list[int]], views: Sequence[View], left: bool) -> dict[str, torch.Tensor]:
@@ -236,6 +304,17 @@ class ImageTextModel:
             raise CheckpointError(
                 f"a '{self.model.config.model_type}' model changes its logits after the head: it cannot be a teacher"
             )
+
+
+class _Chosen(LogitsProcessor):
+    """Leaves greedy search nothing but the tokens that a chooser draws."""
+
+    def __init__(self, choose: TokenChooser) -> None:
+        self._choose = choose
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        chosen_B1 = torch.tensor(self._choose(scores), device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B1, 0.0)
 
 
 def _pad(rows: Sequence[list[int]], value: int, left: bool) -> torch.Tensor:

@@ -13,10 +13,13 @@ import torch
 
 from sparsight.media.chat import ChatEncoder
 from sparsight.media.pixels import to_pixels
+from sparsight.model.answer_scores import score_answers
 from sparsight.model.decode import BatchDecoder
 from sparsight.model.packing import pack
+from sparsight.model.sampling import SamplingSettings
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.records import Quarantined, Sample, TeacherSignal
+from sparsight.teacher.answering import DrawSettings, ScoredAnswers
 from sparsight.teacher.flow import EncodedSample, OpenSample, label_samples, questions_apart
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 
@@ -50,7 +53,7 @@ class VisionLanguageTeacher:
 
 
 class OneVisionModel:
-    """`VisionLanguageModel` as the labelling flow wants it (`flow.TeacherModel`)."""
+    """`VisionLanguageModel` as labelling and pair making want it (`flow.TeacherModel`, `answering.AnswerModel`)."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
         self.model = model
@@ -64,12 +67,15 @@ class OneVisionModel:
         return self.model.chat
 
     def look(self, rows: Sequence[OpenSample]) -> list[torch.Tensor]:
-        """Each row's visual tokens [frames * S + 1, D]."""
-        pixels_NCHW = to_pixels([picture for row in rows for picture in row.pictures], self.model.pixels)
+        """Each row's visual tokens [frames * S + 1, D]; equal pictures go through the tower once."""
+        clips = {row.sample.frames: row.pictures for row in rows}
+        pixels_NCHW = to_pixels([picture for pictures in clips.values() for picture in pictures], self.model.pixels)
         frames_NSD = self.model.frame_embeds(self.model.features(pixels_NCHW))
         newline_1D = self.model.newline_D[None]
-        parts = frames_NSD.split([len(row.pictures) for row in rows])
-        return [torch.cat([part_FSD.flatten(0, 1), newline_1D]) for part_FSD in parts]
+        parts = frames_NSD.split([len(pictures) for pictures in clips.values()])
+        tokens = [torch.cat([part_FSD.flatten(0, 1), newline_1D]) for part_FSD in parts]
+        seen = dict(zip(clips, tokens, strict=True))
+        return [seen[row.sample.frames] for row in rows]
 
     def answer(
         self, rows: Sequence[OpenSample], seen: Sequence[torch.Tensor], max_tokens: int
@@ -101,6 +107,42 @@ class OneVisionModel:
                 answers[index].append(self.chat.decode(ids) if text is None else text)
                 unfed[index] = self._unfed(rows[index], turn, ids)
         return [tuple(texts) for texts in answers]
+
+    def prompt_tokens(self, row: OpenSample, seen: torch.Tensor) -> int:
+        return len(self._turn_prompts(row, len(seen))[0])
+
+    def draw(
+        self,
+        rows: Sequence[OpenSample],
+        seen: Sequence[torch.Tensor],
+        seeds: Sequence[Sequence[int]],
+        settings: DrawSettings,
+    ) -> list[list[str]]:
+        """The prompts are computed once; all answers of a prompt are drawn side by side from its cache."""
+        times = len(seeds[0])
+        decoder = BatchDecoder(self.model, len(rows))
+        prompts = [self._turn_prompts(row, len(tokens))[0] for row, tokens in zip(rows, seen, strict=True)]
+        decoder.feed(prompts, torch.cat(list(seen)))
+        decoder.repeat(times)
+        streams = [SamplingSettings(settings.temperature, settings.top_p, seed) for row in seeds for seed in row]
+        texts = [self.chat.decode(ids) for ids in decoder.decode([settings.max_tokens] * len(streams), streams)]
+        return [texts[start : start + times] for start in range(0, len(texts), times)]
+
+    def score(
+        self, rows: Sequence[OpenSample], seen: Sequence[torch.Tensor], answers: Sequence[Sequence[str]]
+    ) -> list[ScoredAnswers]:
+        """One forward pass, in which a row's answers share its picture and question (`model.answer_scores`)."""
+        encoded = [
+            self.chat.encode_answers(row.sample.turns[0].question, texts, len(tokens))
+            for row, texts, tokens in zip(rows, answers, seen, strict=True)
+        ]
+        scores = score_answers(self.model, encoded, torch.cat(list(seen)))
+        return [
+            ScoredAnswers(
+                tuple(score_A.tolist()), tuple(chat.answer_ids(index) for index in range(len(score_A))), len(tokens)
+            )
+            for chat, score_A, tokens in zip(encoded, scores, seen, strict=True)
+        ]
 
     def _turn_prompts(self, row: OpenSample, visual_tokens: int) -> list[list[int]]:
         """As the chat gives them; for the same questions they are remembered, many pictures get the same."""

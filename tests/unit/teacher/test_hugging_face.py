@@ -24,6 +24,9 @@ from sparsight.errors import CheckpointError
 from sparsight.media.images import decode
 from sparsight.model.tiny import make_tokenizer
 from sparsight.records import Quarantined, Sample, TeacherSignal, Turn
+from sparsight.teacher.answering import DrawSettings
+from sparsight.teacher.flow import OpenSample, open_sample
+from sparsight.teacher.hugging_face import ImageTextModel
 from sparsight.teacher.load import TeacherSource, identify, load_teacher
 from sparsight.teacher.protocol import SignalSettings, Teacher
 
@@ -171,3 +174,29 @@ def test_a_directory_that_lacks_weights_is_refused(directory: Path, tmp_path: Pa
 def test_the_identity_is_that_of_the_directory(directory: Path, teacher: Teacher) -> None:
     source = TeacherSource("hugging_face", str(directory), "float32")
     assert identify(source) == teacher.identity
+
+
+@torch.inference_mode()
+def test_answers_are_drawn_and_scored_by_any_model(stock: tuple[Any, Any], new_sample: Callable[..., Sample]) -> None:
+    """Draws do not depend on the company; a score is the sum over the answer's tokens in the stock forward."""
+    model, processor = stock
+    ours = ImageTextModel(model, processor)
+    opened = [open_sample(0, new_sample(number, turns=1), 10**6, 10**6) for number in range(3)]
+    rows = [row for row in opened if isinstance(row, OpenSample)]
+    seen, seeds = ours.look(rows), [[5, 6, 7], [8, 9, 10], [5, 6, 7]]
+    settings = DrawSettings(temperature=1.0, top_p=0.9, max_tokens=5)
+    together = ours.draw(rows, seen, seeds, settings)
+    for row, view, streams, texts in zip(rows, seen, seeds, together, strict=True):
+        assert [ours.draw([row], [view], [[seed]], settings)[0][0] for seed in streams] == texts
+    assert len({text for texts in together for text in texts}) > 3
+    for row, texts, scored in zip(rows, together, ours.score(rows, seen, together), strict=True):
+        for text, total, ids_n in zip(texts, scored.logprobs, scored.ids, strict=True):
+            turns = (Turn(row.sample.turns[0].question, text),)
+            prompt = processor.apply_chat_template(messages_of(turns), tokenize=False)
+            inputs = processor(text=[prompt], images=[list(row.pictures)], return_tensors="pt")
+            logprobs_TV = model(**inputs).logits[0].log_softmax(dim=-1)
+            ids = inputs["input_ids"][0].tolist()
+            positions = answer_positions(ids, processor.tokenizer)
+            assert ids_n.tolist() == [ids[position] for position in positions]
+            assert total == pytest.approx(sum(float(logprobs_TV[at - 1, ids[at]]) for at in positions), abs=1e-4)
+            assert scored.visual_tokens == ids.count(model.config.image_token_id)
