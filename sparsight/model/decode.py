@@ -29,7 +29,7 @@ class BatchDecoder:
         """Append each row's ids (an empty row stays where it is); `logits_BV` then predicts what follows.
 
         `visual_ND` are the embeddings of all placeholders in reading order. A row that was fed nothing keeps its
-        earlier logits.
+        earlier logits. The placeholder itself is never predicted.
         """
         length = max(len(row) for row in rows)
         if length == 0:
@@ -49,6 +49,7 @@ class BatchDecoder:
             use_cache=True,
         )
         logits_BV = outputs.last_hidden_state[:, -1] @ self.model.head_VD.T
+        logits_BV[:, self.model.chat.visual_id] = -torch.inf  # nobody can write a picture
         fed_B = new_mask_BT.any(dim=1)
         same = self.logits_BV.shape == logits_BV.shape
         self.logits_BV = torch.where(fed_B[:, None], logits_BV, self.logits_BV) if same else logits_BV

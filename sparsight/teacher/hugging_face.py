@@ -98,6 +98,7 @@ class ImageTextModel:
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
+            suppress_tokens=[self.chat.visual_id],  # nobody can write a picture
             pad_token_id=self.chat.pad_id,
             eos_token_id=model.generation_config.eos_token_id or self.chat.end_id,
         )

@@ -55,6 +55,7 @@ def test_fed_rows_of_different_lengths_equal_single_forwards(model: VisionLangua
     decoder = BatchDecoder(model, len(ROWS))
     decoder.feed(ROWS)
     expected_BV = torch.stack([next_logits(model, row) for row in ROWS])
+    expected_BV[:, model.chat.visual_id] = -torch.inf
     torch.testing.assert_close(decoder.logits_BV, expected_BV, atol=1e-5, rtol=1e-5)
 
 
@@ -102,6 +103,20 @@ def test_repeated_rows_go_on_as_rows_fed_alone(model: VisionLanguageModel) -> No
         alone.feed([ROWS[place // 3]])
         assert alone.decode([6], [setting]) == [together[place]]
     assert len({tuple(ids) for ids in together}) > 3
+
+
+def test_a_picture_is_never_written(model: VisionLanguageModel) -> None:
+    """Even where the placeholder would be the most probable token by far."""
+    with torch.no_grad():
+        before_D = model.head_VD[model.chat.visual_id].clone()
+        decoder = BatchDecoder(model, len(ROWS))
+        decoder.feed(ROWS)
+        usual = decoder.decode([4] * len(ROWS))
+        model.head_VD[model.chat.visual_id] = 100.0 * model.head_VD[usual[0][0]]
+        decoder = BatchDecoder(model, len(ROWS))
+        decoder.feed(ROWS)
+        assert decoder.decode([4] * len(ROWS)) == usual
+        model.head_VD[model.chat.visual_id] = before_D
 
 
 def test_activated_parameters_leave_out_idle_experts(model: VisionLanguageModel) -> None:
