@@ -26,6 +26,7 @@ from sparsight.distill.rows import RowMaker, TrainingRow, share_of
 from sparsight.distill.start import first_student
 from sparsight.errors import ConfigError
 from sparsight.media.images import DecodeLimits
+from sparsight.model.text_base import text_base_digest
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import say
 from sparsight.records import Sample, TeacherSignal
@@ -141,6 +142,8 @@ def _artifact(data: StageData, student: StudentRun, stage: StageConfig, before: 
         inputs["teacher"] = data.teacher_fingerprint
         if config.student.base is not None:
             inputs["base"] = directory_digest(Path(config.student.base))
+        else:
+            inputs |= text_base_digest(config.student.architecture)
     return data.run.artifact(f"students/{student.name}/{stage.name}", KIND, VERSION, settings, inputs)
 
 

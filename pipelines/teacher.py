@@ -1,4 +1,4 @@
-"""Making the tiny teacher: a tokenizer from the training text, a tower that sees, then projector and text model.
+"""Making the tiny teacher: a tower that sees, then projector and text model, which is new or starts from real weights.
 
 The stages run on the same engine as distillation, over `samples/teacher`; a teacher that is a Hugging Face directory
 needs none of this. Run as `python -m pipelines.teacher --config FILE`.
@@ -19,7 +19,8 @@ from sparsight.distill.batches import steps_of
 from sparsight.distill.rows import RowMaker, share_of
 from sparsight.errors import ConfigError
 from sparsight.media.images import DecodeLimits
-from sparsight.model.tiny import make_dense, make_tokenizer
+from sparsight.model.text_base import make_model, text_base_digest
+from sparsight.model.tiny import make_tokenizer
 from sparsight.model.tower import train_tower
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import MetricsWriter, progress_bar, say
@@ -46,7 +47,8 @@ def make_teacher(config: RunConfig) -> None:
     run = RunDirectory(config.run_dir)
     samples, manifest = run.finished(SAMPLES, "samples")
     shared = {"teacher": settings, "seed": config.seed, "precompute_features": config.distill.precompute_features}
-    artifact = run.artifact(ARTIFACT, KIND, VERSION, shared, {"samples": manifest.fingerprint})
+    inputs = {"samples": manifest.fingerprint, **text_base_digest(settings.architecture)}
+    artifact = run.artifact(ARTIFACT, KIND, VERSION, shared, inputs)
     if artifact.finished:
         say("teacher: nothing to do, the teacher is there")
         return
@@ -79,15 +81,16 @@ def _figures(artifact: Artifact) -> dict[str, float]:
 
 
 def _tower(settings: TinyTeacherConfig, config: RunConfig, samples: Storage, teacher: Storage) -> Artifact:
-    """A fresh model of the teacher's sizes with a trained tower."""
+    """A model of the teacher's architecture with a trained tower."""
     seed, limits = config.seed, DecodeLimits.of(config.data)
     content = settings.model_dump(mode="json", include={"architecture", "vocabulary", "tower"})
-    artifact = Artifact(teacher.child(TOWER), KIND, VERSION, {"seed": seed, **content}, {})
+    base = text_base_digest(settings.architecture)
+    artifact = Artifact(teacher.child(TOWER), KIND, VERSION, {"seed": seed, **content}, base)
     if artifact.finished:
         return artifact
     artifact.begin()
     rows = read_samples(samples)
-    model = make_dense(settings.architecture, make_tokenizer(corpus(rows), settings.vocabulary), seed)
+    model = make_model(settings.architecture, lambda: make_tokenizer(corpus(rows), settings.vocabulary), seed)
     with tempfile.TemporaryDirectory() as folder:
         with MetricsWriter(Path(folder)) as metrics, progress_bar("tower", settings.tower.steps, "step") as bar:
 

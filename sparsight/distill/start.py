@@ -1,4 +1,5 @@
-"""Where a student's training starts: a dense student from a directory or from nothing, with the teacher's tower.
+"""Where a student's training starts: a dense student from a directory, language weights or nothing, with the
+teacher's tower.
 
 Later stages start from the stage before. Called by the distillation pipeline.
 """
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 
 from sparsight.config import StudentConfig
 from sparsight.errors import CheckpointError, ConfigError
-from sparsight.model.tiny import make_dense
+from sparsight.model.text_base import make_model
 from sparsight.model.vision_language import VisionLanguageModel
 
 
@@ -24,7 +25,7 @@ def first_student(settings: StudentConfig, teacher_directory: Path, seed: int) -
     if settings.base is not None:
         student = VisionLanguageModel.load(settings.base)
     else:
-        student = make_dense(settings.architecture, _tokenizer(teacher_directory), seed)
+        student = make_model(settings.architecture, lambda: _tokenizer(teacher_directory), seed)
     if settings.tower_from_teacher:
         _copy_tower(VisionLanguageModel.load(teacher_directory), student)
     return student

@@ -1,6 +1,8 @@
 """Small models from nothing: a byte-level tokenizer trained on a corpus, and a random stock LLaVA-OneVision.
 
 For runs on a laptop, where no pretrained checkpoint is at hand. Architectures stay stock; only sizes are chosen.
+`assemble` is the one place that puts tower, projector and a text model together; `text_base.py` does it with real
+language weights.
 """
 
 from collections.abc import Iterable
@@ -30,7 +32,7 @@ PAD, SYSTEM, USER, ASSISTANT, END, IMAGE_TOKEN = (
     "<image>",
 )
 
-CHAT_TEMPLATE = """\
+CONTENT = """\
 {%- macro text(content) -%}
 {%- if content is string -%}{{ content }}
 {%- else -%}
@@ -39,6 +41,12 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
+"""
+"""A template's macro for what a message says: text, pictures and videos by their tokens."""
+
+CHAT_TEMPLATE = (
+    CONTENT
+    + """\
 {%- for message in messages -%}
 {%- if message.role == 'system' -%}<|system|>{{ text(message.content) }}<|end|>
 {%- elif message.role == 'user' -%}<|user|>{{ text(message.content) }}
@@ -46,6 +54,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
+)
 
 
 def make_tokenizer(corpus: Iterable[str], vocabulary: int) -> Any:
@@ -73,26 +82,6 @@ def make_tokenizer(corpus: Iterable[str], vocabulary: int) -> Any:
 
 def make_dense(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> VisionLanguageModel:
     """A randomly initialised dense model of the given sizes for a tokenizer; equal seeds give equal weights."""
-    torch.manual_seed(seed)
-    model = LlavaOnevisionForConditionalGeneration(_config(architecture, tokenizer))
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    mean, std = architecture.pixel_mean, architecture.pixel_std
-    pixels = PixelSettings(architecture.picture_pixels, (mean, mean, mean), (std, std, std))
-    return VisionLanguageModel(model.eval(), ChatEncoder(tokenizer, VIDEO_TOKEN), pixels)
-
-
-def _config(architecture: ArchitectureConfig, tokenizer: Any) -> LlavaOnevisionConfig:
-    without_pooling_head: dict[str, Any] = {"vision_use_head": False}
-    vision = SiglipVisionConfig(
-        hidden_size=architecture.tower_width,
-        intermediate_size=architecture.tower_width * 2,
-        num_hidden_layers=architecture.tower_layers,
-        num_attention_heads=architecture.tower_heads,
-        image_size=architecture.picture_pixels,
-        patch_size=architecture.patch_pixels,
-        **without_pooling_head,
-    )
     text = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=architecture.text_width,
@@ -109,6 +98,34 @@ def _config(architecture: ArchitectureConfig, tokenizer: Any) -> LlavaOnevisionC
         pad_token_id=tokenizer.pad_token_id,
         architectures=["Qwen3ForCausalLM"],
     )
+    return assemble(architecture, text, tokenizer, seed)
+
+
+def assemble(architecture: ArchitectureConfig, text: Any, tokenizer: Any, seed: int) -> VisionLanguageModel:
+    """A randomly initialised model: the architecture's tower, a projector, and the text model of a stock config.
+
+    The tokenizer must know the tokens for pictures and videos, and the text model must have rows for all its tokens.
+    """
+    torch.manual_seed(seed)
+    model = LlavaOnevisionForConditionalGeneration(_config(architecture, text, tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    mean, std = architecture.pixel_mean, architecture.pixel_std
+    pixels = PixelSettings(architecture.picture_pixels, (mean, mean, mean), (std, std, std))
+    return VisionLanguageModel(model.eval(), ChatEncoder(tokenizer, VIDEO_TOKEN), pixels)
+
+
+def _config(architecture: ArchitectureConfig, text: Any, tokenizer: Any) -> LlavaOnevisionConfig:
+    without_pooling_head: dict[str, Any] = {"vision_use_head": False}
+    vision = SiglipVisionConfig(
+        hidden_size=architecture.tower_width,
+        intermediate_size=architecture.tower_width * 2,
+        num_hidden_layers=architecture.tower_layers,
+        num_attention_heads=architecture.tower_heads,
+        image_size=architecture.picture_pixels,
+        patch_size=architecture.patch_pixels,
+        **without_pooling_head,
+    )
     side = architecture.picture_pixels
     return LlavaOnevisionConfig(
         vision_config=vision,
@@ -117,5 +134,5 @@ def _config(architecture: ArchitectureConfig, tokenizer: Any) -> LlavaOnevisionC
         video_token_index=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
         image_grid_pinpoints=[[side, side]],
         vision_feature_layer=-1,
-        tie_word_embeddings=True,
+        tie_word_embeddings=text.tie_word_embeddings,
     )
