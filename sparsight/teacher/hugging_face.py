@@ -23,12 +23,12 @@ from transformers import (
 
 from sparsight.errors import CheckpointError, DataError
 from sparsight.media.chat import ChatEncoder
-from sparsight.model.answer_scores import CHUNK_ELEMENTS
 from sparsight.model.sampling import SamplingSettings, TokenChooser
 from sparsight.records import Quarantined, Sample, TeacherSignal, Turn
 from sparsight.teacher.answering import DrawSettings, ScoredAnswers
 from sparsight.teacher.flow import EncodedSample, OpenSample, label_questions_apart
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
+from sparsight.teacher.targets import CHUNK_ELEMENTS
 
 _MARK = "\ue000"
 _TOLERANCE = 1e-2
