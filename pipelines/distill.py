@@ -48,8 +48,9 @@ def distill(config: RunConfig) -> None:
     fit its sample or the student, `ConfigError` where a stage cannot be trained as configured.
     """
     data = StageData(config)
+    ended: dict[str | None, Artifact] = {}
     for student in config.distill.students:
-        before: Artifact | None = None
+        before = ended.get(student.start)
         for stage in student.stages:
             artifact = _artifact(data, student, stage, before)
             name = f"{student.name}/{stage.name}"
@@ -58,7 +59,7 @@ def distill(config: RunConfig) -> None:
             else:
                 say(f"distill: {name}")
                 _run_stage(data, stage, artifact, before)
-            before = artifact
+            before = ended[name] = artifact
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,8 @@ class StudentRun(Slice):
     """One student: its name and its stages, each starting where the one before ended."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
+    start: str | None = Field(default=None, pattern=r"^[a-z0-9_]+/[a-z0-9_]+$", exclude_if=_unless(None))
+    """Begin where a stage of a student listed before ended, as `student/stage`; None begins with a new student."""
     preset: Literal["llava_mod"] | None = Field(default=None, exclude_if=_unless(None))
     """Take the stages of a published method: `llava_mod` has `adaptor`, `d2d` (KL on a dense student), `d2s` (KL and
     cross-entropy on a sparse one) and `preference`, with its paper's batches and learning rates, one epoch each."""
@@ -150,7 +152,7 @@ class StudentRun(Slice):
         if len(set(names)) != len(names):
             raise ValueError(f"student '{self.name}': stage names are not unique: {names}")
         pairs = [index for index, stage in enumerate(self.stages) if stage.rows == "pairs"]
-        if pairs and (pairs[0] == 0 or len(pairs) > 1):
+        if pairs and ((pairs[0] == 0 and self.start is None) or len(pairs) > 1):
             raise ValueError(
                 f"student '{self.name}': pairs are made once, from answers that an earlier stage taught: give one "
                 "stage with rows: pairs, and not the first"
