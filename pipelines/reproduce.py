@@ -1,0 +1,199 @@
+"""A paper's comparisons over seeds: one run a seed, then a page of differences with intervals.
+
+A seed is a whole run (`pipelines.run`) in a folder of its own, so a stopped reproduction continues where it was. What
+is trained is the configuration's students; what is compared is `MOD`, in their names. Run as
+`python -m pipelines.reproduce --config configs/mod.yaml --seeds 3 --out docs/results`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.command import USER_ERROR
+from pipelines.report import read_evaluation
+from pipelines.run import run
+from sparsight.artifacts import code_revision
+from sparsight.config import RunConfig, load
+from sparsight.errors import one_line, user_error
+from sparsight.evaluate.machine import describe_machine
+from sparsight.evaluate.reproduction import (
+    ACCURACY,
+    CHAIR_OBJECT,
+    CHAIR_RECALL,
+    CHAIR_RESPONSE,
+    Compared,
+    Comparison,
+    Metrics,
+    compare,
+    metrics_of,
+    over_seeds,
+)
+from sparsight.evaluate.reproduction_page import Reproduction, reading_of, render, to_json
+from sparsight.evaluate.reproduction_plots import differences, trade_off
+from sparsight.observe import say
+
+NAME = "llava-mod"
+
+MOD = (
+    Comparison("mimic_minus_sft", "mimic than SFT, sparse student", "mimic", "sft", ACCURACY, "better, +8.1 %"),
+    Comparison(
+        "mimic_minus_sft_same_pictures",
+        "mimic than SFT on the same answered pictures",
+        "mimic_few",
+        "sft",
+        ACCURACY,
+        "better, +8.1 %",
+    ),
+    Comparison("d2d_d2s_minus_d2s", "D2D then D2S than D2S only", "mimic", "d2s_only", ACCURACY, "better, +4.0 %"),
+    Comparison(
+        "sparse_minus_dense_activated",
+        "sparse than dense of equal activated parameters",
+        "mimic",
+        "dense_activated",
+        ACCURACY,
+        "better, +3.7 %",
+    ),
+    Comparison(
+        "sparse_minus_dense_total",
+        "sparse than dense of equal total parameters",
+        "mimic",
+        "dense_total",
+        ACCURACY,
+        "not reported",
+    ),
+    Comparison("experts_4_minus_2", "4 experts than 2", "mimic", "experts_2", ACCURACY, "not reported"),
+    Comparison("experts_8_minus_4", "8 experts than 4", "experts_8", "mimic", ACCURACY, "worse, 64.6 to 65.1 on MMB"),
+    Comparison(
+        "chair_response_after_minus_before",
+        "after preference than before",
+        "preference",
+        "mimic",
+        CHAIR_RESPONSE,
+        "better",
+    ),
+    Comparison(
+        "chair_response_after_minus_teacher",
+        "after preference than the teacher",
+        "preference",
+        "teacher",
+        CHAIR_RESPONSE,
+        "better, 11.2 to 29.7 on Object HalBench",
+    ),
+    Comparison(
+        "chair_response_kto_minus_dpo", "KTO-pair than DPO", "preference", "dpo", CHAIR_RESPONSE, "better, 11.4 to 20.0"
+    ),
+    Comparison(
+        "chair_response_teacher_minus_self_reference",
+        "teacher as reference than the student's snapshot",
+        "preference",
+        "self_reference",
+        CHAIR_RESPONSE,
+        "not reported",
+    ),
+    Comparison(
+        "accuracy_after_minus_before", "after preference than before", "preference", "mimic", ACCURACY, "slightly worse"
+    ),
+)
+
+COLUMNS = (
+    (ACCURACY, "accuracy", ".3f"),
+    (CHAIR_RESPONSE, "CHAIR, responses", ".3f"),
+    (CHAIR_OBJECT, "CHAIR, objects", ".3f"),
+    (CHAIR_RECALL, "objects named", ".3f"),
+    ("pope_adversarial_f1", "POPE adversarial F1", ".3f"),
+    ("kl_nats", "KL to teacher, nats", ".3f"),
+    ("activated_parameters", "activated", ",.0f"),
+    ("total_parameters", "total", ",.0f"),
+)
+
+INTRODUCTION = """\
+LLaVA-MoD's comparisons at the size of one machine: every seed draws its own pictures, makes its own teacher and labels,
+and trains every student of `configs/mod.yaml` from them. Accuracy is over the closed questions of all test sets,
+CHAIR over the descriptions of held-out scenes. The column "published" says what the paper reports for its models of
+billions of parameters. Made by `make reproduce-mod`; the protocol is in docs/protocol.md."""
+
+HEADLINES = {"teacher": "teacher", "before": "mimic", "after": "preference"}
+
+
+def reproduce(config_path: str, overrides: Sequence[str], seeds: int, out: Path) -> None:
+    """Run every seed that is not finished, then write `llava-mod.md`, `.json` and plots into `out`."""
+    found: list[Metrics] = []
+    for seed in range(seeds):
+        config = seed_config(config_path, overrides, seed)
+        say(f"seed {seed + 1} of {seeds}: {config.run_dir}")
+        run(config)
+        found.append(metrics_of(read_evaluation(config)))
+    write_pages(found, out)
+
+
+def seed_config(config_path: str, overrides: Sequence[str], seed: int) -> RunConfig:
+    """The configuration with this seed, in a folder of its own."""
+    base = load(config_path, overrides)
+    return load(config_path, [*overrides, f"seed={seed}", f"run_dir={base.run_dir.rstrip('/')}/seed-{seed}"])
+
+
+def write_pages(seeds: Sequence[Metrics], out: Path) -> None:
+    """The page, its data and its plots; what people wrote into an earlier page stays."""
+    compared = compare(MOD, seeds)
+    pictures = {f"{NAME}-differences.png": ("Differences with 95 % intervals", differences(compared))}
+    shown = [model for model in seeds[0] if CHAIR_RESPONSE in seeds[0][model]]
+    if shown:
+        drawn = trade_off(seeds, shown, CHAIR_RESPONSE, ACCURACY)
+        pictures[f"{NAME}-trade-off.png"] = ("Hallucination against accuracy", drawn)
+    page = Reproduction(
+        title="LLaVA-MoD, reproduced in kind",
+        introduction=INTRODUCTION,
+        seeds=seeds,
+        compared=compared,
+        columns=COLUMNS,
+        figures=headline_figures(seeds, compared),
+        machine=describe_machine(),
+        revision=code_revision(),
+        pictures=[(name, caption) for name, (caption, _) in pictures.items()],
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for name, (_, data) in pictures.items():
+        (out / name).write_bytes(data)
+    (out / f"{NAME}.json").write_text(to_json(page))
+    target = out / f"{NAME}.md"
+    target.write_text(render(page, reading_of(target.read_text()) if target.exists() else ""))
+    say(f"reproduction: {target}")
+
+
+def headline_figures(seeds: Sequence[Metrics], compared: Sequence[Compared]) -> dict[str, float]:
+    """Means over the seeds by flat names, and every comparison with its interval."""
+    found: dict[str, float] = {"seeds": len(seeds)}
+    for entry in compared:
+        key, gap = entry.comparison.key, entry.difference
+        found[key] = gap.mean
+        if len(seeds) > 1:
+            found |= {f"{key}_ci_low": gap.low, f"{key}_ci_high": gap.high}
+    for when, model in HEADLINES.items():
+        for metric in (CHAIR_RESPONSE, CHAIR_OBJECT, CHAIR_RECALL, ACCURACY):
+            value = over_seeds(seeds, model, metric)
+            if value is not None:
+                found[f"{metric}_{when}"] = value.mean
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Repeat a paper's comparisons over seeds and write what came out.")
+    parser.add_argument("--config", required=True, help="the YAML file of one seed's run")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page (docs/results)")
+    arguments = parser.parse_args(argv)
+    try:
+        reproduce(arguments.config, arguments.overrides, arguments.seeds, arguments.out)
+    except Exception as error:
+        mendable = user_error(error)
+        if mendable is None:
+            raise
+        print(f"error: {one_line(mendable)}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""A reproduction's pictures: differences with intervals, and hallucination against accuracy. PNG bytes out."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sparsight.evaluate.plots import COLOURS, DPI, NEUTRAL, WIDTH_IN
+from sparsight.evaluate.reproduction import LOWER_IS_BETTER, Compared, Metrics
+
+OUTCOME_COLOURS = {"holds": "#009E73", "the other way": "#D55E00", "not decided": NEUTRAL}
+
+
+def differences(compared: Sequence[Compared]) -> bytes:
+    """One line a comparison: its mean and 95 % interval, and every seed as a dot."""
+    figure = Figure(figsize=(WIDTH_IN, 1.0 + 0.42 * len(compared)), dpi=DPI, layout="constrained")
+    axes: Any = figure.subplots()
+    for place, entry in enumerate(reversed(compared)):
+        gap, colour = entry.difference, OUTCOME_COLOURS[entry.outcome]
+        if len(gap.values) > 1:
+            axes.plot([gap.low, gap.high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
+        axes.plot(gap.values, [place] * len(gap.values), "o", color="white", markeredgecolor="black", markersize=4)
+        axes.plot([gap.mean], [place], "D", color=colour, markersize=6)
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(compared)), [_label(entry) for entry in reversed(compared)], fontsize=8)
+    axes.set_xlabel(
+        "difference (share of questions, answers or objects); dots are seeds, bars 95 % intervals", fontsize=8
+    )
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", alpha=0.25)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    return _png(figure)
+
+
+def _label(entry: Compared) -> str:
+    it = entry.comparison
+    better = "less is better" if it.metric in LOWER_IS_BETTER else "more is better"
+    return f"{it.title}\n{it.metric.replace('_', ' ')}, {better}"
+
+
+def trade_off(seeds: Sequence[Metrics], models: Sequence[str], across: str, up: str) -> bytes:
+    """Every model in the plane of two metrics: seeds as dots, their mean with the name."""
+    figure = Figure(figsize=(WIDTH_IN, 4.2), dpi=DPI, layout="constrained")
+    axes: Any = figure.subplots()
+    for index, model in enumerate(models):
+        points = [(seed[model][across], seed[model][up]) for seed in seeds]
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, markersize=4, alpha=0.5)
+        middle = sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
+        axes.plot(*middle, "D", color=colour, markersize=8, label=model)
+    axes.set_xlabel(f"{across.replace('_', ' ')} (share)")
+    axes.set_ylabel(f"{up.replace('_', ' ')} (share)")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

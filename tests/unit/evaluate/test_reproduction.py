@@ -1,0 +1,69 @@
+"""Comparisons over seeds: intervals by hand, outcomes in the right direction, people's words kept."""
+
+import math
+
+import pytest
+
+from sparsight.evaluate.reproduction import Compared, Comparison, compare, interval, over_seeds
+from sparsight.evaluate.reproduction_page import READING_ENDS, READING_STARTS, Reproduction, reading_of, render
+
+BETTER = Comparison("gain", "one than other", "one", "other", "accuracy", "better")
+LESS = Comparison("less", "one than other", "one", "other", "chair_response", "better")
+
+
+def seeds(*gaps: float, metric: str = "accuracy") -> list[dict[str, dict[str, float]]]:
+    return [{"one": {metric: 0.5 + gap}, "other": {metric: 0.5}} for gap in gaps]
+
+
+def test_interval_is_students() -> None:
+    found = interval([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.high - found.mean == pytest.approx(4.303 / math.sqrt(3.0), rel=1e-4)
+    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+
+
+def test_one_seed_decides_nothing() -> None:
+    (found,) = compare([BETTER], seeds(0.4))
+    assert math.isinf(found.difference.high)
+    assert found.outcome == "not decided"
+
+
+@pytest.mark.parametrize(
+    ("comparison", "gaps", "outcome"),
+    [
+        (BETTER, (0.10, 0.11, 0.12), "holds"),
+        (BETTER, (-0.10, -0.11, -0.12), "the other way"),
+        (BETTER, (0.10, -0.11, 0.02), "not decided"),
+        (LESS, (-0.10, -0.11, -0.12), "holds"),
+        (LESS, (0.10, 0.11, 0.12), "the other way"),
+    ],
+)
+def test_outcome_knows_which_way_is_better(comparison: Comparison, gaps: tuple[float, ...], outcome: str) -> None:
+    (found,) = compare([comparison], seeds(*gaps, metric=comparison.metric))
+    assert found.outcome == outcome
+
+
+def test_what_a_seed_lacks_is_left_out() -> None:
+    runs = [*seeds(0.1), {"one": {"accuracy": 0.5}}]
+    assert compare([BETTER], runs) == []
+    assert over_seeds(runs, "other", "accuracy") is None
+
+
+def test_words_of_people_survive_the_next_page() -> None:
+    compared = [Compared(BETTER, interval([0.1, 0.11, 0.12]))]
+    found = Reproduction(
+        title="A paper",
+        introduction="What was done.",
+        seeds=seeds(0.1, 0.11, 0.12),
+        compared=compared,
+        columns=[("accuracy", "accuracy", ".3f"), ("absent", "absent", ".3f")],
+        figures={},
+        machine="a machine",
+        revision="abc",
+        pictures=[],
+    )
+    page = render(found, "It holds, because.\n\nSecond paragraph.")
+    assert reading_of(render(found, reading_of(page))) == "It holds, because.\n\nSecond paragraph."
+    assert page.count(READING_STARTS) == page.count(READING_ENDS) == 1
+    assert "| `one` | 0.610 ± 0.025 | - |" in page
+    assert "+0.1100 [+0.0852, +0.1348] | **holds**" in page
