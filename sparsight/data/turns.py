@@ -1,6 +1,7 @@
-"""Conversations: from LLaVA's message form to turns, and from many turns to conversations of a bounded length.
+"""Conversations: from LLaVA's message form to turns, from many turns to conversations of a bounded length, and when
+two answers are the same.
 
-Shared by the importers and the scene generator; pictures are not looked at here.
+Shared by the importers and the scene generator, judges and evaluation; pictures are not looked at here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,11 @@ from typing import Any
 
 from sparsight.errors import DataError
 from sparsight.records import PICTURE_MARK, Turn
+
+
+def normalise(text: str) -> str:
+    """Lower case, runs of white space as one space: the only liberties that exact match takes."""
+    return " ".join(text.lower().split())
 
 
 def pieces(turns: Sequence[Turn], most: int) -> list[tuple[Turn, ...]]:

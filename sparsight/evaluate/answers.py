@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sparsight.data.turns import normalise
 from sparsight.media.chat import EncodedChat
 from sparsight.media.images import DEFAULT_LIMITS, DecodeLimits, decode
 from sparsight.media.pixels import to_pixels
@@ -57,11 +58,6 @@ class Examination:
     states_nD: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     response_ids_n: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     expert_counts: ExpertCounts = field(default_factory=ExpertCounts)
-
-
-def normalise(text: str) -> str:
-    """Lower case, runs of white space as one space: the only liberties that exact match takes."""
-    return " ".join(text.lower().split())
 
 
 def by_pictures(samples: Iterable[Sample], pictures: int, limit: int | None = None) -> Iterator[list[Sample]]:
