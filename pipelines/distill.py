@@ -18,7 +18,7 @@ from pipelines.features import make_features
 from pipelines.label import teacher_source
 from pipelines.training import CHECKPOINTS, MODEL, StageJob, train_stage
 from sparsight.artifacts import Artifact, Manifest, RunDirectory
-from sparsight.config import RunConfig, StageConfig, StudentRun
+from sparsight.config import RunConfig, StageConfig, StudentConfig, StudentRun
 from sparsight.data.samples import read_samples
 from sparsight.data.signals import iter_signals
 from sparsight.distill.batches import steps_of
@@ -58,7 +58,7 @@ def distill(config: RunConfig) -> None:
                 say(f"distill: {name} is there")
             else:
                 say(f"distill: {name}")
-                _run_stage(data, stage, artifact, before)
+                _run_stage(data, student, stage, artifact, before)
             before = ended[name] = artifact
 
 
@@ -139,7 +139,7 @@ def _artifact(data: StageData, student: StudentRun, stage: StageConfig, before: 
     if before is not None:
         inputs["start"] = before.fingerprint
     else:
-        settings["student"] = config.student
+        settings["student"] = _new_student(config, student)
         inputs["teacher"] = data.teacher_fingerprint
         if config.student.base is not None:
             inputs["base"] = directory_digest(Path(config.student.base))
@@ -148,20 +148,30 @@ def _artifact(data: StageData, student: StudentRun, stage: StageConfig, before: 
     return data.run.artifact(f"students/{student.name}/{stage.name}", KIND, VERSION, settings, inputs)
 
 
-def _run_stage(data: StageData, stage: StageConfig, artifact: Artifact, before: Artifact | None) -> None:
+def _run_stage(
+    data: StageData, student: StudentRun, stage: StageConfig, artifact: Artifact, before: Artifact | None
+) -> None:
     artifact.begin()
-    start = before.storage.child(MODEL) if before is not None else _first_start(data, artifact.storage)
-    student = VisionLanguageModel.load(start.fetch())
-    rows = share_of(data.rows(stage, student), stage.share, data.config.seed)
+    start = before.storage.child(MODEL) if before is not None else _first_start(data, student, artifact.storage)
+    model = VisionLanguageModel.load(start.fetch())
+    rows = share_of(data.rows(stage, model), stage.share, data.config.seed)
     steps = steps_of(len(rows), stage.batch_samples, stage.epochs, stage.steps)
-    vocabulary = data.vocabulary(student) if stage.terms.forward_kl > 0 else None
+    vocabulary = data.vocabulary(model) if stage.terms.forward_kl > 0 else None
     job = stage_job(data.config, stage, start, artifact.storage, data.samples_artifact[0], vocabulary)
     finish_stage(artifact, job, rows, steps, data.config)
 
 
-def _first_start(data: StageData, target: Storage) -> Storage:
+def _new_student(config: RunConfig, student: StudentRun) -> StudentConfig:
+    """What a student that begins anew is made from."""
+    if student.text_intermediate is None:
+        return config.student
+    architecture = config.student.architecture.model_copy(update={"text_intermediate": student.text_intermediate})
+    return config.student.model_copy(update={"architecture": architecture})
+
+
+def _first_start(data: StageData, run: StudentRun, target: Storage) -> Storage:
     """The dense student before its first stage, saved in the stage's draft."""
-    student = first_student(data.config.student, data.teacher_directory, data.config.seed)
+    student = first_student(_new_student(data.config, run), data.teacher_directory, data.config.seed)
     with tempfile.TemporaryDirectory() as folder:
         student.save(folder)
         target.delete(START)

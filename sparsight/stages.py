@@ -132,6 +132,8 @@ class StudentRun(Slice):
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     start: str | None = Field(default=None, pattern=r"^[a-z0-9_]+/[a-z0-9_]+$", exclude_if=_unless(None))
     """Begin where a stage of a student listed before ended, as `student/stage`; None begins with a new student."""
+    text_intermediate: int | None = Field(default=None, ge=1, exclude_if=_unless(None))
+    """Width of a new student's feed-forward networks, where it differs from `student.architecture`'s."""
     preset: Literal["llava_mod"] | None = Field(default=None, exclude_if=_unless(None))
     """Take the stages of a published method: `llava_mod` has `adaptor`, `d2d` (KL on a dense student), `d2s` (KL and
     cross-entropy on a sparse one) and `preference`, with its paper's batches and learning rates, one epoch each."""
@@ -151,6 +153,8 @@ class StudentRun(Slice):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"student '{self.name}': stage names are not unique: {names}")
+        if self.start is not None and self.text_intermediate is not None:
+            raise ValueError(f"student '{self.name}' starts at '{self.start}': its text_intermediate is that one's")
         pairs = [index for index, stage in enumerate(self.stages) if stage.rows == "pairs"]
         if pairs and ((pairs[0] == 0 and self.start is None) or len(pairs) > 1):
             raise ValueError(
