@@ -4,11 +4,14 @@ Keys are relative, '/'-separated. `write_bytes` is atomic in both kinds: a reade
 It knows nothing of what is stored; `artifacts.py` gives the keys their meaning.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -162,20 +165,24 @@ class S3Storage:
     def _key(self, key: str) -> str:
         return "/".join(part for part in (self.prefix, key.strip("/")) if part)
 
-    def _error(self, action: str, key: str, error: Exception) -> StorageError:
-        return StorageError(f"cannot {action} 's3://{self.bucket}/{self._key(key)}': {error}")
+    @contextmanager
+    def _reported(self, action: str, key: str) -> Generator[None]:
+        """Whatever boto3 raises becomes a `StorageError`."""
+        try:
+            yield
+        except Exception as error:
+            raise StorageError(
+                f"cannot {action} 's3://{self.bucket}/{self._key(key)}': {error}; check the URI, the AWS_* variables "
+                "and the network"
+            ) from error
 
     def read_bytes(self, key: str) -> bytes:
-        try:
+        with self._reported("read", key):
             return self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
-        except Exception as error:
-            raise self._error("read", key, error) from error
 
     def write_bytes(self, key: str, data: bytes) -> None:
-        try:
+        with self._reported("write", key):
             self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
-        except Exception as error:
-            raise self._error("write", key, error) from error
 
     def exists(self, key: str) -> bool:
         name = self._key(key)
@@ -183,30 +190,28 @@ class S3Storage:
         return self._first(key, name) == name or self._first(key, f"{name}/" if name else "") is not None
 
     def _first(self, key: str, prefix: str) -> str | None:
-        try:
+        with self._reported("look for", key):
             page = self.client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=1)
-        except Exception as error:
-            raise self._error("look for", key, error) from error
         return next((item["Key"] for item in page.get("Contents", [])), None)
 
     def keys(self, prefix: str = "") -> Iterator[str]:
+        return (key for key, _ in self._objects(prefix))
+
+    def _objects(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Key and entity tag (it changes with the content) of all objects under a folder-like prefix, sorted."""
         folder = self._key(prefix)
         skip = len(self.prefix) + 1 if self.prefix else 0
-        try:
+        with self._reported("list", prefix):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
             for page in pages:
                 for item in page.get("Contents", []):
                     if not folder or item["Key"] == folder or item["Key"].startswith(folder + "/"):
-                        yield item["Key"][skip:]
-        except Exception as error:
-            raise self._error("list", prefix, error) from error
+                        yield item["Key"][skip:], item["ETag"]
 
     def delete(self, prefix: str) -> None:
         for key in list(self.keys(prefix)):
-            try:
+            with self._reported("delete", key):
                 self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
-            except Exception as error:
-                raise self._error("delete", key, error) from error
 
     def child(self, key: str) -> "S3Storage":
         return S3Storage(self.bucket, self._key(key))
@@ -221,19 +226,42 @@ class S3Storage:
         return filesystem, f"{self.bucket}/{self._key(key)}"
 
     def fetch(self, key: str = "") -> Path:
-        target = Path(tempfile.mkdtemp(prefix="sparsight-"))
-        base = self._key(key)
-        names = list(self.keys(key))
-        if not names:
-            raise StorageError(f"'s3://{self.bucket}/{base}' does not exist")
-        for name in names:
-            path = target / self._key(name)[len(base) :].strip("/") if self._key(name) != base else target / "object"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.client.download_file(self.bucket, self._key(name), str(path))
-        return target if names != [key.strip("/")] else target / "object"
+        """A copy of one object or of a folder; downloaded once a process as long as it stays the same."""
+        objects = list(self._objects(key))
+        if not objects:
+            raise StorageError(f"'s3://{self.bucket}/{self._key(key)}' does not exist")
+        content = hashlib.blake2b(repr((self.uri, key, objects)).encode(), digest_size=16).hexdigest()
+        target = Path(_downloads().name) / content
+        alone = [name for name, _ in objects] == [key.strip("/")]
+        if not target.exists():
+            partial = target.with_name(f"{content}.{uuid.uuid4().hex}.partial")
+            for name, _ in objects:
+                path = partial / ("object" if alone else self._key(name)[len(self._key(key)) :].strip("/"))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with self._reported("download", name):
+                    self.client.download_file(self.bucket, self._key(name), str(path))
+            _put(partial, target)
+        return target / "object" if alone else target
 
     def publish(self, folder: Path, key: str) -> None:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                name = self._key(f"{key}/{path.relative_to(folder).as_posix()}")
-                self.client.upload_file(str(path), self.bucket, name)
+                name = f"{key}/{path.relative_to(folder).as_posix()}"
+                with self._reported("upload", name):
+                    self.client.upload_file(str(path), self.bucket, self._key(name))
+
+
+@cache
+def _downloads() -> "tempfile.TemporaryDirectory[str]":
+    """Where this process keeps its copies of remote objects; removed when it exits."""
+    return tempfile.TemporaryDirectory(prefix="sparsight-")
+
+
+def _put(partial: Path, target: Path) -> None:
+    """Let a complete folder appear under its name; where another thread was quicker, the folders are equal."""
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(partial)

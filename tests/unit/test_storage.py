@@ -75,6 +75,32 @@ def test_publish_and_fetch_are_inverse(storage_uri: str, tmp_path: Path) -> None
     assert storage.fetch("out/model/config.json").read_text() == "{}"
 
 
+def test_what_was_fetched_is_not_fetched_again_until_it_changes(new_bucket: Callable[[], str]) -> None:
+    storage = open_storage(f"s3://{new_bucket()}/run")
+    for name in ("model/config.json", "model/deep/weights", "other"):
+        storage.write_bytes(name, b"1")
+    folder, file = storage.fetch("model"), storage.fetch("model/config.json")
+    (folder / "mark").touch()
+    storage.write_bytes("other", b"2")
+    assert (open_storage(storage.uri).fetch("model"), storage.fetch("model/config.json")) == (folder, file)
+    assert (folder / "mark").exists()
+    storage.write_bytes("model/config.json", b"2")
+    changed = storage.fetch("model")
+    assert sorted(path.name for path in changed.iterdir()) == ["config.json", "deep"]
+    assert (changed / "config.json").read_bytes() == storage.fetch("model/config.json").read_bytes() == b"2"
+    assert (folder / "config.json").read_bytes() == b"1"  # whoever still reads the old one is not disturbed
+
+
+def test_copies_go_when_their_process_does(new_bucket: Callable[[], str]) -> None:
+    storage = open_storage(f"s3://{new_bucket()}/run")
+    storage.write_bytes("model/config.json", b"1")
+    program = f"from sparsight.storage import open_storage; print(open_storage({storage.uri!r}).fetch('model'))"
+    command = [sys.executable, "-c", f"{program}; raise SystemExit(3)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert not Path(done.stdout.strip()).parent.exists()
+
+
 def test_arrow_reads_what_was_written(storage_uri: str) -> None:
     storage = open_storage(storage_uri)
     storage.write_bytes("data/x.bin", b"payload")
@@ -107,16 +133,19 @@ def test_uris_are_recognised(tmp_path: Path) -> None:
         open_storage("gs://bucket/x")
 
 
-def test_bucket_that_is_not_there_is_a_storage_error(s3_server: str) -> None:
+def test_bucket_that_is_not_there_is_a_storage_error(s3_server: str, tmp_path: Path) -> None:
     storage = open_storage("s3://no-such-bucket/x")
+    (tmp_path / "file").touch()
     for action in (
         lambda: storage.write_bytes("a", b""),
         lambda: storage.read_bytes("a"),
         lambda: storage.exists("a"),
         lambda: list(storage.keys()),
         lambda: storage.delete("a"),
+        lambda: storage.fetch("a"),
+        lambda: storage.publish(tmp_path, "a"),
     ):
-        with pytest.raises(StorageError, match="no-such-bucket"):
+        with pytest.raises(StorageError, match=r"cannot .* 's3://no-such-bucket/x.*'.*; check the URI"):
             action()
 
 
