@@ -4,12 +4,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsight.artifacts import RunDirectory, digest
+from sparsight.artifacts import RunDirectory
 from sparsight.config import HuggingFaceTeacherConfig, RunConfig
 from sparsight.errors import ArtifactError, ConfigError
 from sparsight.evaluate.results import STUDENT, TEACHER
 from sparsight.observe import say
 from sparsight.storage import Storage, open_storage
+from sparsight.teacher.protocol import directory_digest
 
 MODEL_KEY = "model"
 
@@ -66,8 +67,7 @@ def _teacher(config: RunConfig, run: RunDirectory) -> ModelSource | None:
     storage = open_storage(config.teacher.path)
     if not storage.exists("config.json"):
         raise ArtifactError(f"'{storage.uri}' holds no model (config.json is missing): correct teacher.path")
-    settings = storage.read_bytes("config.json")
-    if json.loads(settings).get("model_type") != "llava_onevision":
+    if json.loads(storage.read_bytes("config.json")).get("model_type") != "llava_onevision":
         say(f"the teacher '{config.teacher.path}' is not a LLaVA-OneVision model: it labels, but is not evaluated")
         return None
-    return ModelSource(TEACHER, config.teacher.path, storage, "", digest(settings.decode()))
+    return ModelSource(TEACHER, config.teacher.path, storage, "", directory_digest(storage.fetch()))
