@@ -2,8 +2,9 @@
 
 Training rows of all sources are imported once (decoded, checked, quarantined where unusable) into a scratch folder of
 the run, then dealt out by content hash into `samples/teacher` (all answers), `samples/student` (answers for a share
-of the pictures), `samples/validation` and `samples/test_<source>`. Memory holds one file of samples and the rows'
-hashes. Plain Python: nothing here needs a cluster. Run as `python -m pipelines.prepare --config FILE`.
+of the pictures), `samples/validation` and `samples/test_<source>`. About held-out scenes and COCO pictures,
+`samples/test_pope` and `samples/test_coco` ask what shows hallucination. Memory holds one file of samples and the
+rows' hashes. Plain Python: nothing here needs a cluster. Run as `python -m pipelines.prepare --config FILE`.
 """
 
 import sys
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from pipelines.command import run_command
 from sparsight.artifacts import Artifact, RunDirectory, digest
 from sparsight.config import (
+    CocoSource,
     DataConfig,
     DataSource,
     EasyVqaSource,
@@ -21,11 +23,15 @@ from sparsight.config import (
     LlavaSource,
     RunConfig,
     ScenesSource,
+    TrainingSource,
 )
+from sparsight.data.coco import read_coco
 from sparsight.data.easy_vqa import find_folder, read_easy_vqa
 from sparsight.data.files import files_digest
 from sparsight.data.hugging_face import read_hugging_face
 from sparsight.data.llava import read_llava
+from sparsight.data.objects import VOCABULARY, ObjectVocabulary
+from sparsight.data.pope import questions_about_coco, questions_about_scenes
 from sparsight.data.samples import Rows, iter_samples, write_quarantine, write_samples
 from sparsight.data.scene_questions import scene_samples
 from sparsight.data.scenes import SCENES_VERSION
@@ -38,9 +44,11 @@ from sparsight.storage import Storage
 KIND = "samples"
 TEACHER, STUDENT, VALIDATION = "samples/teacher", "samples/student", "samples/validation"
 SCRATCH = "samples/imported"
+HALLUCINATION_SETS = {"scenes": "samples/test_pope", "coco": "samples/test_coco"}
+"""The artefacts of questions that show hallucination, by kind of source."""
 
 
-def name_of_test_set(source: DataSource) -> str:
+def name_of_test_set(source: TrainingSource) -> str:
     """The artefact that holds a source's test samples."""
     return f"samples/test_{source.kind}"
 
@@ -86,21 +94,24 @@ def prepare(config: RunConfig) -> None:
 def plan_artifacts(config: RunConfig) -> dict[str, Artifact]:
     """The artefacts of this stage by name, fingerprinted by the data settings, the seed and the sources' files.
 
-    The share of answers that the student sees counts for its samples only: changing it does not remake a teacher.
+    What only one artefact depends on counts for it alone: the share of answers that the student sees, and what is asked
+    to show hallucination. Changing it does not remake a teacher.
     """
     run = RunDirectory(config.run_dir)
-    data = config.data.model_dump(mode="json")
-    fraction = data.pop("ground_truth_fraction")
+    sources = config.data.training_sources
+    data = config.data.model_dump(mode="json") | {"sources": [source.model_dump(mode="json") for source in sources]}
+    fraction, hallucination = data.pop("ground_truth_fraction"), data.pop("hallucination")
     shared = {"data": data, "seed": config.seed, "scenes_version": SCENES_VERSION}
-    inputs = {
-        f"source_{index}_{source.kind}": source_digest(source) for index, source in enumerate(config.data.sources)
-    }
+    inputs = {f"source_{index}_{source.kind}": source_digest(source) for index, source in enumerate(sources)}
     configs: dict[str, Any] = {TEACHER: shared, STUDENT: {**shared, "ground_truth_fraction": fraction}}
     if config.data.validation_fraction > 0.0:
         configs[VALIDATION] = shared
-    for source in config.data.sources:
+    for source in sources:
         if _has_test(source):
             configs[name_of_test_set(source)] = shared
+    for source in _hallucination_sources(config.data):
+        settings = {"source": source.model_dump(mode="json"), "source_digest": source_digest(source)}
+        configs[HALLUCINATION_SETS[source.kind]] = {**shared, "hallucination": hallucination, **settings}
     return {
         name: run.artifact(name, KIND, SAMPLES_VERSION, {"name": name, **settings}, inputs)
         for name, settings in configs.items()
@@ -117,16 +128,26 @@ def source_digest(source: DataSource) -> str:
         return files_digest(Path(source.path), Path(source.pictures))
     if isinstance(source, HuggingFaceSource):
         return files_digest(Path(source.path))
+    if isinstance(source, CocoSource):
+        captions = [] if source.captions is None else [Path(source.captions)]
+        return files_digest(Path(source.annotations), *captions, Path(source.pictures))
     return digest(source)
 
 
-def _has_test(source: DataSource) -> bool:
+def _hallucination_sources(data: DataConfig) -> list[ScenesSource | CocoSource]:
+    if data.hallucination.pictures == 0:
+        return []
+    scenes = [source for source in data.sources if isinstance(source, ScenesSource) and _has_test(source)]
+    return [*scenes, *(source for source in data.sources if isinstance(source, CocoSource))]
+
+
+def _has_test(source: TrainingSource) -> bool:
     if isinstance(source, ScenesSource):
         return source.test_pictures > 0
     return isinstance(source, EasyVqaSource) or source.test_fraction > 0.0
 
 
-def training_rows(source: DataSource, data: DataConfig, seed: int) -> Rows:
+def training_rows(source: TrainingSource, data: DataConfig, seed: int) -> Rows:
     """The rows of a source that training, validation and cut test sets are dealt from."""
     if isinstance(source, EasyVqaSource):
         return read_easy_vqa(source, "train", data, seed)
@@ -137,7 +158,7 @@ def training_rows(source: DataSource, data: DataConfig, seed: int) -> Rows:
     return read_hugging_face(source, data)
 
 
-def official_test_rows(source: DataSource, data: DataConfig, seed: int, seen: frozenset[str]) -> Rows | None:
+def official_test_rows(source: TrainingSource, data: DataConfig, seed: int, seen: frozenset[str]) -> Rows | None:
     """The rows of a source's own test set, or None where it has none; `seen` are the training pictures' hashes."""
     if isinstance(source, EasyVqaSource):
         return read_easy_vqa(source, "test", data, seed)
@@ -152,7 +173,7 @@ def import_training_rows(config: RunConfig, scratch: Storage) -> Imported:
     imported = Imported({}, {}, [])
 
     def good_rows() -> Iterator[Sample]:
-        for source in config.data.sources:
+        for source in config.data.training_sources:
             before = len(imported.hash_of), len(imported.quarantined)
             rows = training_rows(source, config.data, config.seed)
             for row in progress(rows.items, f"importing {source.kind}", total=rows.total):
@@ -170,7 +191,7 @@ def import_training_rows(config: RunConfig, scratch: Storage) -> Imported:
     return imported
 
 
-def _check_usable(source: DataSource, samples: int, quarantined: Sequence[Quarantined]) -> None:
+def _check_usable(source: TrainingSource, samples: int, quarantined: Sequence[Quarantined]) -> None:
     if quarantined:
         first = quarantined[0]
         say(f"{source.kind}: {len(quarantined)} rows quarantined, the first is '{first.id}': {first.reason}")
@@ -213,6 +234,10 @@ def _write(name: str, artifact: Artifact, config: RunConfig, scratch: Storage, i
             samples = (row if row.content_hash in deal.answered else row.without_answers() for row in samples)
     elif name == VALIDATION:
         samples = _dealt(scratch, lambda content_hash: content_hash in deal.validation)
+    elif name in HALLUCINATION_SETS.values():
+        rows, vocabulary = hallucination_rows(name, config, imported)
+        artifact.storage.write_bytes(VOCABULARY, vocabulary.to_json())
+        samples = _usable(rows, name, quarantined)
     else:
         samples = _test_samples(name, config, scratch, imported, deal, quarantined)
     write_samples(artifact.storage, counted(samples))
@@ -234,7 +259,7 @@ def _test_samples(
     """The test samples of all sources that share an artefact; unusable rows are put into `quarantined`."""
     seen = frozenset(imported.hash_of.values())
     ids: set[str] = set()
-    for source in config.data.sources:
+    for source in config.data.training_sources:
         rows = official_test_rows(source, config.data, config.seed, seen) if name_of_test_set(source) == name else None
         if rows is None:
             continue
@@ -248,6 +273,24 @@ def _test_samples(
                 yield row
     if name in deal.test:
         yield from _dealt(scratch, lambda content_hash: content_hash in deal.test[name])
+
+
+def hallucination_rows(name: str, config: RunConfig, imported: Imported) -> tuple[Rows, ObjectVocabulary]:
+    """The rows of an artefact that shows hallucination, and the objects that its answers are read for."""
+    seen = frozenset(imported.hash_of.values())
+    source = next(it for it in _hallucination_sources(config.data) if HALLUCINATION_SETS[it.kind] == name)
+    if isinstance(source, ScenesSource):
+        return questions_about_scenes(source, config.data, config.seed, seen)
+    annotated = read_coco(source)
+    return questions_about_coco(annotated, source, config.data, config.seed, seen), annotated.vocabulary
+
+
+def _usable(rows: Rows, name: str, quarantined: list[Quarantined]) -> Iterator[Sample]:
+    for row in progress(rows.items, f"importing {name}", total=rows.total):
+        if isinstance(row, Quarantined):
+            quarantined.append(row)
+        else:
+            yield row
 
 
 def plan(config: RunConfig) -> list[str]:

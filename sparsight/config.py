@@ -78,7 +78,30 @@ class HuggingFaceSource(Slice):
     test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
-DataSource = Annotated[EasyVqaSource | ScenesSource | LlavaSource | HuggingFaceSource, Field(discriminator="kind")]
+class CocoSource(Slice):
+    """Real pictures with COCO-style annotations, for testing alone: existence questions and descriptions."""
+
+    kind: Literal["coco"]
+    annotations: str
+    """An `instances_*.json`."""
+    pictures: str
+    """Folder that the file names in it are relative to."""
+    captions: str | None = None
+    """The `captions_*.json` of the same pictures; what captions mention is there, too."""
+    description_prompt: str = "Describe the image in detail."
+
+
+TrainingSource = EasyVqaSource | ScenesSource | LlavaSource | HuggingFaceSource
+DataSource = Annotated[TrainingSource | CocoSource, Field(discriminator="kind")]
+
+
+class HallucinationConfig(Slice):
+    """Questions about scenes and COCO pictures that show whether models speak of what is not there (POPE, CHAIR)."""
+
+    questions: int = Field(default=2, ge=1)
+    """Objects of a picture that are asked for, and as many absent ones of each kind: random, popular, adversarial."""
+    pictures: int | None = Field(default=None, ge=0)
+    """At most so many pictures of each source; None takes all, 0 asks nothing."""
 
 
 class DataConfig(Slice):
@@ -89,8 +112,22 @@ class DataConfig(Slice):
     """Share of the training pictures kept apart for choosing settings; whole pictures, by content hash."""
     ground_truth_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of the student's training pictures whose answers it may see; the others reach it without answers."""
+    hallucination: HallucinationConfig = HallucinationConfig()
     max_picture_bytes: int = 20_000_000
     max_picture_pixels: int = 50_000_000
+
+    @property
+    def training_sources(self) -> list[TrainingSource]:
+        """The sources without those for testing alone."""
+        return [source for source in self.sources if not isinstance(source, CocoSource)]
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if not self.training_sources:
+            raise ValueError("sources of kind coco are for testing alone: name a source to learn from, too")
+        if len(self.sources) - len(self.training_sources) > 1:
+            raise ValueError("more than one source of kind coco: their annotation files name other objects")
+        return self
 
 
 class TextBaseConfig(Slice):

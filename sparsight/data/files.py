@@ -5,7 +5,7 @@ Shared by the importers; what the content means is theirs.
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from sparsight.config import DataConfig
@@ -45,6 +45,14 @@ def _read_text(path: Path) -> str:
 
 def _not_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
     return DataError(f"'{path}' is not valid JSON: line {line}, column {error.colno}: {error.msg}; mend the file")
+
+
+def picture_path(name: str, folder: Path) -> Path:
+    """Where a named picture is. Names in files are not trusted: one that leads out of the folder is a `DataError`."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or PureWindowsPath(name).anchor or ".." in path.parts + PureWindowsPath(name).parts:
+        raise DataError(f"the picture name {name!r} leads out of the picture folder")
+    return folder / path
 
 
 def read_picture(path: Path, data: DataConfig) -> bytes:

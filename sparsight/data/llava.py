@@ -5,11 +5,11 @@ Records without exactly one readable picture inside the folder come out quaranti
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from sparsight.config import DataConfig, LlavaSource
-from sparsight.data.files import read_json, read_json_lines, read_picture
+from sparsight.data.files import picture_path, read_json, read_json_lines, read_picture
 from sparsight.data.samples import Rows
 from sparsight.data.turns import pieces, read_conversation
 from sparsight.errors import DataError
@@ -51,12 +51,8 @@ def _rows(records: list[Any], path: Path, folder: Path, data: DataConfig) -> Ite
 
 
 def _picture_path(name: Any, folder: Path) -> Path:
-    """Where a record's picture is. The file of records is not trusted: names may not lead out of the folder."""
     if name is None:
         raise DataError("the record names no picture")
     if not isinstance(name, str) or not name:
         raise DataError("the record's 'image' must be one file name")
-    path = PurePosixPath(name)
-    if path.is_absolute() or PureWindowsPath(name).anchor or ".." in path.parts + PureWindowsPath(name).parts:
-        raise DataError(f"the picture name {name!r} leads out of the picture folder")
-    return folder / path
+    return picture_path(name, folder)

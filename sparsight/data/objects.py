@@ -16,6 +16,9 @@ from sparsight.data.coco_names import coco_synonyms, not_objects
 from sparsight.data.scenes import COLOUR_NAMES, SHAPES
 from sparsight.errors import DataError
 
+VOCABULARY = "objects.json"
+"""The file of a sample folder whose answers are read for objects: the vocabulary to read them with."""
+
 SCENE_SYNONYMS: dict[str, tuple[str, ...]] = {
     "gray": ("grey",),
     "circle": ("disc", "disk"),
@@ -63,7 +66,7 @@ class ObjectVocabulary:
 
     def _add(self, term: str, name: str | None) -> None:
         words = _words(term)
-        if not words:
+        if not any(word.isalnum() for word in words):
             raise DataError(f"the object name {term!r} has no words: give every object a name")
         for form in (words, *_plurals(words)):
             self._terms.setdefault(form, name)

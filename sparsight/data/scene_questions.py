@@ -5,7 +5,7 @@ colour, shape, relation, caption. Only questions with one right answer are asked
 positions are clearly apart. Called by `pipelines.prepare`; the wording follows easy-VQA's where both ask the same.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import combinations, count, pairwise, product
 from random import Random
 from typing import Literal, NamedTuple
@@ -176,7 +176,23 @@ def _which(one: SceneObject, other: SceneObject, axis: int, random: Random) -> T
 def _caption(scene: Scene) -> list[Turn]:
     """All objects in the order of their centres, across if that order is clear, else down, else no caption."""
     for axis, direction in ((0, "left to right"), (1, "top to bottom")):
-        order = sorted((item.centre[axis], item.name) for item in scene.objects)
+        order = _along(scene, axis)
         if all(after[0] - before[0] >= CLEAR_PIXELS for before, after in pairwise(order)):
-            return [Turn(f"list the shapes from {direction}.", ", ".join(name for _, name in order), "caption")]
+            return [_listing(direction, order)]
     return []
+
+
+def description(scene: Scene) -> Turn:
+    """A request to name all objects, which has an answer in every scene: where no order is clear, from left to right.
+
+    For judging which objects an answer names, not in what order.
+    """
+    return next(iter(_caption(scene)), _listing("left to right", _along(scene, 0)))
+
+
+def _along(scene: Scene, axis: int) -> list[tuple[float, str]]:
+    return sorted((item.centre[axis], item.name) for item in scene.objects)
+
+
+def _listing(direction: str, order: Sequence[tuple[float, str]]) -> Turn:
+    return Turn(f"list the shapes from {direction}.", ", ".join(name for _, name in order), "caption")

@@ -1,6 +1,5 @@
 """Objects that a text speaks of, against lists written by hand and a reader that tries every phrase."""
 
-import re
 from random import Random
 
 import pytest
@@ -89,11 +88,11 @@ def slow_mentions(text: str) -> list[str]:
         phrases |= {other: name for other in coco_synonyms().get(name, ()) if other not in phrases}
     found: list[str] = []
     while text:
-        fits = [phrase for phrase in phrases if re.match(rf"{phrase}s?\b", text)]
+        fits = [phrase for phrase in phrases if f"{text} ".startswith(f"{phrase} ")]
         if fits:
-            best = max(fits, key=lambda phrase: phrase.count(" "))
+            best = max(fits, key=len)
             found.append(phrases[best])
-            text = re.sub(rf"^{best}s?\b ?", "", text)
+            text = text.removeprefix(best).lstrip()
         else:
             text = text.partition(" ")[2]
     return found
@@ -135,4 +134,4 @@ def test_a_damaged_file_is_one_clear_error(data: bytes) -> None:
 
 def test_an_object_without_words_is_refused() -> None:
     with pytest.raises(DataError, match="has no words"):
-        ObjectVocabulary({"  ": []})
+        ObjectVocabulary({"??": []})

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from pipelines.prepare import plan, prepare
 from sparsight.artifacts import RunDirectory
 from sparsight.config import RunConfig
+from sparsight.data.objects import VOCABULARY, ObjectVocabulary
 from sparsight.data.samples import read_quarantine, read_samples
 from sparsight.errors import ArtifactError, DataError
 from sparsight.records import Sample
@@ -68,7 +70,7 @@ def llava(tmp_path: Path, picture_bytes: Callable[..., bytes]) -> dict[str, Any]
 def test_every_row_is_accounted_for(tmp_path: Path, llava: dict[str, Any]) -> None:
     run = str(tmp_path / "run")
     prepare(config(run, [llava, SCENES], validation_fraction=0.1, ground_truth_fraction=0.25))
-    for name in ("teacher", "student", "validation", "test_scenes"):
+    for name in ("teacher", "student", "validation", "test_scenes", "test_pope"):
         storage, manifest = RunDirectory(run).finished(f"samples/{name}")
         counts, rows = manifest.counts, read_samples(storage)
         assert counts["input"] == counts["samples"] + counts["quarantined"]
@@ -83,6 +85,7 @@ def test_every_row_is_accounted_for(tmp_path: Path, llava: dict[str, Any]) -> No
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
         "student",
         "teacher",
+        "test_pope",
         "test_scenes",
         "validation",
     ]
@@ -151,6 +154,57 @@ def test_finished_work_is_kept_and_settings_remake_what_depends_on_them(tmp_path
     assert [mark.exists() for mark in marks] == [False, False, False]
 
 
+@pytest.fixture
+def coco(tmp_path: Path, picture_bytes: Callable[..., bytes]) -> dict[str, Any]:
+    """Four annotated pictures, one of them unreadable."""
+    folder = tmp_path / "coco"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(picture_bytes(f"#0000{number:02d}") if number else b"no picture")
+    content = {
+        "images": [{"id": number, "file_name": f"{number}.png"} for number in range(4)],
+        "annotations": [{"image_id": number, "category_id": number % 2} for number in range(4)],
+        "categories": [{"id": 0, "name": "dog"}, {"id": 1, "name": "hot dog"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    return {"kind": "coco", "annotations": str(tmp_path / "instances.json"), "pictures": str(folder)}
+
+
+def test_questions_about_hallucination_bring_their_vocabulary(tmp_path: Path, coco: dict[str, Any]) -> None:
+    run = str(tmp_path / "run")
+    prepare(config(run, [SCENES, coco], hallucination={"questions": 1}))
+    assert pictures(run, "test_pope") == pictures(run, "test_scenes")
+    assert {sample.source for sample in samples(run, "test_coco")} == {"coco"}
+    for name, objects, count in (("test_pope", 24, 20), ("test_coco", 2, 3)):
+        storage, manifest = RunDirectory(run).finished(f"samples/{name}", "samples")
+        vocabulary = ObjectVocabulary.from_json(storage.read_bytes(VOCABULARY))
+        assert len(vocabulary.objects) == objects
+        assert manifest.counts["pictures"] == count
+        assert manifest.counts["questions"] == 5 * count
+        for sample in samples(run, name):
+            there = set(vocabulary.mentions(str(sample.turns[-1].answer)))
+            for turn in sample.turns[:-1]:
+                assert (vocabulary.mentions(turn.question)[0] in there) == (turn.answer == "yes")
+    bad = read_quarantine(RunDirectory(run).storage.child("samples/test_coco"))
+    assert [row.id for row in bad] == ["coco/0.png"]
+
+
+def test_pictures_for_testing_alone_change_no_training(tmp_path: Path, coco: dict[str, Any]) -> None:
+    plain, tested = str(tmp_path / "plain"), str(tmp_path / "tested")
+    prepare(config(plain, [SCENES], hallucination={"pictures": 0}))
+    prepare(config(tested, [coco, SCENES], hallucination={"questions": 1, "pictures": 3}))
+    before, after = fingerprints(plain), fingerprints(tested)
+    assert after.keys() - before.keys() == {"test_pope", "test_coco"}
+    assert {name: after[name] for name in before} == before
+
+
+def test_sources_for_testing_alone_are_not_enough(coco: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="name a source to learn from"):
+        config("run", [coco])
+    with pytest.raises(ValidationError, match="more than one source of kind coco"):
+        config("run", [SCENES, coco, coco])
+
+
 def test_changed_files_are_imported_anew(tmp_path: Path, llava: dict[str, Any]) -> None:
     run = str(tmp_path / "run")
     prepare(config(run, [llava]))
@@ -207,14 +261,15 @@ def test_missing_sources_are_named(tmp_path: Path, llava: dict[str, Any]) -> Non
         {**llava, "path": absent},
         {**llava, "pictures": absent},
         {"kind": "hugging_face", "path": absent},
+        {"kind": "coco", "annotations": absent, "pictures": str(tmp_path)},
     ):
         with pytest.raises(DataError, match="absent"):
-            prepare(config(str(tmp_path / "run"), [source]))
+            prepare(config(str(tmp_path / "run"), [SCENES, source]))
 
 
 def test_the_plan_names_what_is_left_to_do(tmp_path: Path) -> None:
     settings = config(str(tmp_path / "run"), [SCENES], validation_fraction=0.1)
-    names = ["samples/teacher", "samples/student", "samples/validation", "samples/test_scenes"]
+    names = [f"samples/{name}" for name in ("teacher", "student", "validation", "test_scenes", "test_pope")]
     assert [line.split(":")[0] for line in plan(settings)] == names
     assert all("to be written" in line for line in plan(settings))
     assert not (tmp_path / "run").exists()
