@@ -23,9 +23,9 @@ class ResourcesConfig(Slice):
     num_cpus: int | None = None
     """Logical CPUs of a cluster started here; None takes the machine's, at least 4. Ignored on an existing cluster."""
     label_workers: int = Field(default=2, ge=1)
-    """Teacher replicas in the labelling actor pool."""
+    """Teacher replicas in the actor pools of labelling and of pair making."""
     label_gpus: float = 0.0
-    """GPUs of one labelling worker; 0 labels on CPUs."""
+    """GPUs of one such worker; 0 works on CPUs."""
     train_workers: int = Field(default=2, ge=1)
     """Data-parallel training workers."""
     train_gpus: bool = False
@@ -220,6 +220,49 @@ class LabelConfig(Slice):
     rows_per_file: int = Field(default=512, ge=1)
 
 
+class PairsConfig(Slice):
+    """Preference pairs: several answers to one question, judged, of which the best and the worst are kept."""
+
+    samples: Literal["student", "teacher"] = "student"
+    """Training samples whose questions are asked: as the student sees them, or with all answers, as the tiny teacher
+    does. The judge `truth` compares with the answers that are there; questions without one are skipped."""
+    import_path: str | None = None
+    """Ready-made pairs in RLAIF-V's form instead: a file, or a folder of Parquet or JSON parts. The teacher scores
+    their answers, nobody judges them."""
+    answer_types: list[str] = Field(default=[])
+    """Ask questions of these types only; empty asks all."""
+    share: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the pictures whose questions are asked, chosen by seed."""
+    student_candidates: int = Field(default=4, ge=0)
+    """Answers that the student draws to a question."""
+    teacher_candidates: int = Field(default=2, ge=0)
+    """Answers that the teacher draws."""
+    include_truth: bool = False
+    """Let the sample's own answer compete, where it has one."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Draw from the smallest set of tokens with this much probability."""
+    max_answer_tokens: int = Field(default=32, ge=1)
+    judge: Literal["truth", "likelihood", "model"] = "truth"
+    """`truth` compares with the sample's answer (1 is right), `likelihood` takes the teacher's log-prob a token (nats),
+    `model` asks a model for a mark from 1 to 10."""
+    judge_path: str | None = None
+    """The Hugging Face directory of the judge `model`; none asks the teacher."""
+    min_margin: float = Field(default=0.1, ge=0.0)
+    """Drop pairs whose scores differ by less than this, in the judge's unit; equal scores make no pair at all."""
+    batch_prompts: int = Field(default=16, ge=1)
+    """Questions answered together; each counts once for every candidate."""
+    rows_per_file: int = Field(default=512, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "PairsConfig":
+        if self.student_candidates + self.teacher_candidates + int(self.include_truth) < 2:
+            raise ValueError("a pair needs two candidates: raise student_candidates or teacher_candidates")
+        if self.judge_path is not None and self.judge != "model":
+            raise ValueError(f"judge_path is for the judge 'model', not for '{self.judge}'")
+        return self
+
+
 class StudentConfig(Slice):
     """The dense student before any up-cycling; its tower is the teacher's, as is its tokenizer without a text base."""
 
@@ -307,6 +350,7 @@ class RunConfig(Slice):
     data: DataConfig
     teacher: TeacherConfig
     label: LabelConfig = LabelConfig()
+    pairs: PairsConfig = PairsConfig()
     student: StudentConfig = StudentConfig()
     distill: DistillConfig
     evaluate: EvaluateConfig = EvaluateConfig()
