@@ -199,7 +199,7 @@ def load(source: ModelSource) -> VisionLanguageModel:
 
 def _agreements(
     config: RunConfig, models: Sequence[ModelSource], answered: Answered
-) -> dict[tuple[str, str], Agreement]:
+) -> dict[tuple[str, str], Agreement | None]:
     teacher = next((model for model in models if model.name == TEACHER), None)
     if teacher is None:
         return {}
@@ -213,7 +213,7 @@ def _agreements(
     return dict(zip(work, ray.get(list(work.values())), strict=True))
 
 
-def _compare(teacher: ModelSource, student: ModelSource, taught: Examination, learned: Examination) -> Agreement:
+def _compare(teacher: ModelSource, student: ModelSource, taught: Examination, learned: Examination) -> Agreement | None:
     """Runs in a worker: the states of both models through their own heads."""
     if taught.response_ids_n.tolist() != learned.response_ids_n.tolist():
         raise AlignmentError(

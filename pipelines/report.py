@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.times import read_times
-from sparsight.artifacts import MANIFEST, Artifact, Manifest, RunDirectory, code_revision, read_manifest
+from sparsight.artifacts import MANIFEST, Artifact, Manifest, RunDirectory, code_revision, digest, read_manifest
 from sparsight.config import RunConfig, TinyTeacherConfig
 from sparsight.errors import ArtifactError
 from sparsight.evaluate.machine import describe_machine
@@ -62,8 +62,13 @@ def plan_report(config: RunConfig) -> list[str]:
 
 def _artifact(config: RunConfig, evaluation: Manifest) -> Artifact:
     run = RunDirectory(config.run_dir)
-    inputs = {name: manifest.fingerprint for name, manifest in _manifests(run.storage).items()}
-    return run.artifact(ARTIFACT, KIND, VERSION, {}, inputs | {"evaluation": evaluation.fingerprint})
+    inputs = {name: digest(manifest) for name, manifest in _manifests(run.storage).items()}
+    return run.artifact(ARTIFACT, KIND, VERSION, {}, inputs | {"times": digest(_times(run.storage, evaluation))})
+
+
+def _times(storage: Storage, evaluation: Manifest) -> dict[str, float]:
+    """Seconds by stage; those of the evaluation, which is still being timed, are its manifest's."""
+    return read_times(storage) | {"evaluate": round(evaluation.figures.get("wall_s", 0.0), 1)}
 
 
 def _manifests(storage: Storage) -> dict[str, Manifest]:
@@ -86,11 +91,10 @@ def gather(run: RunDirectory, evaluation: Evaluation, manifest: Manifest, pictur
         )
         for name, found in manifests.items()
     ]
-    times = read_times(run.storage) | {"evaluate": round(manifest.figures.get("wall_s", 0.0), 1)}
     return Report(
         evaluation=evaluation,
         artifacts=rows,
-        stage_seconds=times,
+        stage_seconds=_times(run.storage, manifest),
         store_figures=_store_figures(manifests),
         export=_verdicts(manifests["export"].details) if "export" in manifests else {},
         machine=describe_machine(),

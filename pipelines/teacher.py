@@ -57,7 +57,8 @@ def make_teacher(config: RunConfig) -> None:
     before, figures = tower.storage, dict(_figures(tower))
     for stage in settings.stages:
         finished = _stage(config, stage, before, artifact, samples)
-        before, figures = finished.storage, figures | _figures(finished)
+        named = {f"{stage.name}_{name}": value for name, value in _figures(finished).items()}
+        before, figures = finished.storage, figures | named
     artifact.storage.delete(MODEL)
     artifact.storage.publish(before.fetch(MODEL), MODEL)
     artifact.commit(figures=figures)

@@ -3,8 +3,6 @@
 Hidden states and heads go in, chunk by chunk, so that no table of all positions and the vocabulary is ever built.
 """
 
-import math
-
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -30,14 +28,16 @@ def agreement(
     student_nD: torch.Tensor,
     student_head_VD: torch.Tensor,
     chunk_bytes: int = CHUNK_BYTES,
-) -> Agreement:
+) -> Agreement | None:
     """Compare two models at n positions; the widths D may differ, heads may be padded beyond the shared vocabulary.
 
-    Padding rows (ids that only one head has) are left out of both distributions.
+    Padding rows (ids that only one head has) are left out of both distributions. None where there are no positions.
     """
     n = len(teacher_nD)
     if n != len(student_nD):
         raise ValueError(f"{n} teacher positions but {len(student_nD)} student positions")
+    if n == 0:
+        return None
     V = min(len(teacher_head_VD), len(student_head_VD))
     rows = max(1, chunk_bytes // (4 * 4 * V))
     kl, same = 0.0, 0
@@ -46,4 +46,4 @@ def agreement(
         student_nV = (student_nD[start : start + rows] @ student_head_VD[:V].T).float().log_softmax(dim=-1)
         kl += float((teacher_nV.exp() * (teacher_nV - student_nV)).sum())
         same += int((teacher_nV.argmax(dim=-1) == student_nV.argmax(dim=-1)).sum())
-    return Agreement(kl_nats=kl / n if n else math.nan, top1=same / n if n else math.nan, positions=n)
+    return Agreement(kl_nats=kl / n, top1=same / n, positions=n)

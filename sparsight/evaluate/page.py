@@ -169,6 +169,8 @@ def _times(report: Report) -> str:
 
 
 def _percent(share: Share) -> str:
+    if not share.count:
+        return "-"
     return f"{share.value:.2%} [{share.low:.2%}, {share.high:.2%}]"
 
 

@@ -14,6 +14,8 @@ from sparsight.evaluate.results import STUDENT, TEACHER, Evaluation, figures
 SFT_STUDENT = "sft_student"
 TEACHER_GOAL = 0.93
 DISTANCE_GOAL = 0.03
+SIGNAL_BYTES_GOAL = 120
+GROUND_TRUTH_GOAL = 0.1
 
 
 class Verdict(BaseModel):
@@ -77,12 +79,19 @@ class Report(BaseModel):
             "artifacts": [row.model_dump() for row in self.artifacts],
             "export": self.export,
         }
-        return json.dumps(values, indent=2).encode() + b"\n"
+        return json.dumps(values, indent=2, allow_nan=False).encode() + b"\n"
 
 
 def verdicts(values: Mapping[str, float]) -> list[Verdict]:
     """The goals that can be judged from the figures at hand; a goal whose models are missing is left out."""
-    judged = [_teacher_verdict(values), _sft_verdict(values), _distance_verdict(values), _size_verdict(values)]
+    judged = [
+        _teacher_verdict(values),
+        _sft_verdict(values),
+        _distance_verdict(values),
+        _size_verdict(values),
+        _signal_verdict(values),
+        _ground_truth_verdict(values),
+    ]
     return [verdict for verdict in judged if verdict is not None]
 
 
@@ -124,6 +133,24 @@ def _size_verdict(values: Mapping[str, float]) -> Verdict | None:
     measured = f"{values[student]:,.0f} against {values[teacher]:,.0f} ({values[student] / values[teacher]:.2f} ×)"
     goal = "student activates fewer parameters than the teacher"
     return Verdict(goal=goal, met=values[student] < values[teacher], measured=measured)
+
+
+def _signal_verdict(values: Mapping[str, float]) -> Verdict | None:
+    if "signal_bytes_per_token" not in values:
+        return None
+    value = values["signal_bytes_per_token"]
+    goal = f"stored signals at most {SIGNAL_BYTES_GOAL} bytes a response token"
+    return Verdict(goal=goal, met=value <= SIGNAL_BYTES_GOAL, measured=f"{value:.1f}")
+
+
+def _ground_truth_verdict(values: Mapping[str, float]) -> Verdict | None:
+    answered, questions = "ground_truth_questions", "training_questions"
+    if not _have(values, [answered, questions]) or not values[questions]:
+        return None
+    share = values[answered] / values[questions]
+    measured = f"{values[answered]:,.0f} of {values[questions]:,.0f} ({share:.1%})"
+    goal = f"ground-truth answers to at most {GROUND_TRUTH_GOAL:.0%} of the training questions reach the students"
+    return Verdict(goal=goal, met=share <= GROUND_TRUTH_GOAL, measured=measured)
 
 
 def _gap(values: Mapping[str, float], name: str) -> str:

@@ -1,11 +1,13 @@
 """The results of an evaluation as one object: what `pipelines.evaluate` stores and the report is made from."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from sparsight.evaluate.agreement import Agreement
 from sparsight.evaluate.answers import Answer, ExpertCounts
+from sparsight.evaluate.hallucination import Hallucination, hallucination_figures
 from sparsight.evaluate.scores import Baselines, Difference, Share, answer_types, difference, score, share
 
 TEACHER, STUDENT = "teacher", "student"
@@ -47,6 +49,8 @@ class ModelResult(_Result):
     """By batch size."""
     expert_load: dict[str, dict[int, dict[str, list[float]]]] = {}
     """By test set, sparse layer and group of tokens: each expert's share of the routing decisions."""
+    hallucination: dict[str, Hallucination] = {}
+    """By set of questions that show it."""
 
 
 class Evaluation(_Result):
@@ -96,7 +100,10 @@ def shares(counts: ExpertCounts) -> dict[int, dict[str, list[float]]]:
 
 
 def figures(evaluation: Evaluation) -> dict[str, float]:
-    """Every number of an evaluation by a flat name; on the headline set the set's name is left out."""
+    """Every number of an evaluation by a flat name; on the headline set the set's name is left out.
+
+    A share of nothing is no number and has no name.
+    """
     found: dict[str, float] = {}
     for name, model in evaluation.models.items():
         found |= _model_figures(name, model, evaluation)
@@ -110,7 +117,7 @@ def figures(evaluation: Evaluation) -> dict[str, float]:
     for name, gap in evaluation.differences.items():
         stem = name.replace(" - ", "_minus_")
         found |= {f"{stem}": gap.value, f"{stem}_low": gap.low, f"{stem}_high": gap.high}
-    return found
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _infix(test_set: str, evaluation: Evaluation) -> str:
@@ -137,6 +144,8 @@ def _model_figures(name: str, model: ModelResult, evaluation: Evaluation) -> dic
         found[f"{name}_tokens_per_s_batch_{batch}"] = value
         if name != TEACHER and batch in teacher:
             found[f"{name}_speed_vs_teacher_batch_{batch}"] = value / teacher[batch]
+    for index, (test_set, shown) in enumerate(model.hallucination.items()):
+        found |= hallucination_figures(f"{name}_{test_set}" if index else name, shown)
     for layer, groups in model.expert_load.get(evaluation.headline_set, {}).items():
         found[f"{name}_largest_expert_share_layer_{layer}"] = max(max(load) for load in groups.values())
     return found

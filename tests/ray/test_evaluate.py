@@ -165,6 +165,16 @@ def test_finished_artefacts_are_left_alone(config: RunConfig, report: Path) -> N
     assert {name: (run / name / "manifest.json").stat().st_mtime_ns for name in stages} == before
 
 
+def test_the_report_is_written_again_when_a_stage_took_another_time(config: RunConfig, report: Path) -> None:
+    evaluation = (report.parent / "evaluation/manifest.json").stat().st_mtime_ns
+    for seconds in (12.5, 37.25):
+        (report.parent / "times.json").write_text(json.dumps({"label": seconds}))
+        evaluate(config)
+        assert figures_of(report)["label_wall_s"] == seconds
+        assert f"| label | {seconds:,.1f} |" in (report / "report.md").read_text()
+    assert (report.parent / "evaluation/manifest.json").stat().st_mtime_ns == evaluation
+
+
 def test_the_export_is_a_model_that_serving_can_load(config: RunConfig, report: Path) -> None:
     storage, manifest = RunDirectory(config.run_dir).finished("export", "export")
     model = VisionLanguageModel.load(storage.fetch(MODEL_KEY))

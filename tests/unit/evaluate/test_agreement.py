@@ -21,6 +21,7 @@ def test_chunks_give_what_the_whole_table_gives() -> None:
     top1 = (teacher_nV.argmax(dim=-1) == student_nV.argmax(dim=-1)).float().mean()
     for chunk_bytes in (1, 16 * V * 7, 10**9):
         found = agreement(teacher_nD, teacher_VD, student_nD, student_VD, chunk_bytes)
+        assert found is not None
         assert found.kl_nats == pytest.approx(float(kl), rel=1e-5)
         assert found.top1 == pytest.approx(float(top1))
         assert found.positions == N
@@ -29,6 +30,7 @@ def test_chunks_give_what_the_whole_table_gives() -> None:
 def test_a_model_agrees_with_itself() -> None:
     states_nD, head_VD = states(0, 8)
     found = agreement(states_nD, head_VD, states_nD, head_VD)
+    assert found is not None
     assert found.kl_nats == pytest.approx(0.0, abs=1e-6)
     assert found.top1 == 1.0
 
@@ -36,7 +38,14 @@ def test_a_model_agrees_with_itself() -> None:
 def test_padding_rows_of_a_longer_head_do_not_count() -> None:
     states_nD, head_VD = states(0, 8)
     padded_VD = torch.cat([head_VD, 100.0 * torch.ones(6, 8)])
-    assert agreement(states_nD, head_VD, states_nD, padded_VD).kl_nats == pytest.approx(0.0, abs=1e-6)
+    found = agreement(states_nD, head_VD, states_nD, padded_VD)
+    assert found is not None
+    assert found.kl_nats == pytest.approx(0.0, abs=1e-6)
+
+
+def test_nothing_to_compare_is_no_agreement() -> None:
+    _, head_VD = states(0, 8)
+    assert agreement(torch.zeros(0, 8), head_VD, torch.zeros(0, 8), head_VD) is None
 
 
 def test_unequal_positions_are_refused() -> None:

@@ -56,7 +56,11 @@ def report() -> Report:
         evaluation=evaluation,
         artifacts=[ArtifactRow(name="signals", kind="signals", counts={"input": 9}, fingerprint="", code_revision="")],
         stage_seconds={"label": 12.5},
-        store_figures={"signal_bytes_per_token": 99.5},
+        store_figures={
+            "signal_bytes_per_token": 99.5,
+            "training_questions": 1000.0,
+            "ground_truth_questions": 100.0,
+        },
         export={"vllm": "not installed"},
         machine="a machine",
         revision="a revision",
@@ -96,17 +100,30 @@ def test_the_page_says_what_the_figures_say(report: Report) -> None:
 
 
 def test_verdicts_follow_the_measured_values(report: Report) -> None:
-    assert [verdict.met for verdict in report.verdicts] == [True, True, True, True]
+    assert [verdict.met for verdict in report.verdicts] == [True] * 6
     values = report.figures
     changed = {
         "teacher_accuracy": 0.9299,
         "student_accuracy": 0.80,
         "student_minus_teacher": -0.13,
         "student_activated_parameters": 2000,
+        "signal_bytes_per_token": 120.1,
+        "ground_truth_questions": 101.0,
     }
-    assert [verdict.met for verdict in verdicts(values | changed)] == [False, False, False, False]
+    assert [verdict.met for verdict in verdicts(values | changed)] == [False] * 6
     assert "not beyond chance" in verdicts(values | {"student_minus_sft_student_low": -0.001})[1].measured
     assert [verdict.goal for verdict in verdicts({"student_accuracy": 1.0})] == []
+
+
+def test_a_share_of_nothing_is_no_figure(report: Report) -> None:
+    student = report.evaluation.models["student"]
+    sets = {name: set_result([], None) if name == "scenes" else found for name, found in student.sets.items()}
+    models = report.evaluation.models | {"student": student.model_copy(update={"sets": sets})}
+    empty = report.model_copy(update={"evaluation": report.evaluation.model_copy(update={"models": models})})
+    found = json.loads(empty.to_json(), parse_constant=pytest.fail)["figures"]
+    assert "student_scenes_accuracy" not in found
+    assert found["student_accuracy"] == 0.93
+    assert Evaluation.model_validate_json(empty.evaluation.model_dump_json()) == empty.evaluation
 
 
 def test_figures_without_a_teacher(report: Report) -> None:
