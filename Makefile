@@ -17,10 +17,12 @@ CONFIG ?= configs/tiny.yaml
 RESULTS ?= runs/benchmarks
 ARGS ?=
 
-# Models come from local folders only; Ray sends no usage statistics; worker processes keep to their own cores.
+# Models come from local folders only; Ray sends no usage statistics, watches for no preemption on this one machine,
+# and its worker processes keep to their own cores.
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 export RAY_USAGE_STATS_ENABLED := 0
+export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER := 0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export TOKENIZERS_PARALLELISM := false
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
