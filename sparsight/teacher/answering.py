@@ -61,6 +61,10 @@ class AnswerModel(Protocol):
         """How long the row's prompt is, its picture included."""
         ...
 
+    def answer_tokens(self, text: str) -> int:
+        """How many tokens a given answer takes, its end-of-turn token included."""
+        ...
+
     def answer(self, rows: Sequence[OpenSample], seen: Sequence[Any], max_tokens: int) -> list[tuple[str, ...]]:
         """One answer to each row's question, greedily."""
         ...

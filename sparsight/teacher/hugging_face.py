@@ -163,6 +163,9 @@ class ImageTextModel:
     def prompt_tokens(self, row: OpenSample, seen: View) -> int:
         return len(seen.prefix_ids)
 
+    def answer_tokens(self, text: str) -> int:
+        return len(self._tokenize(self.chat.plain(text))) + 1
+
     def draw(
         self, rows: Sequence[OpenSample], seen: Sequence[View], seeds: Sequence[Sequence[int]], settings: DrawSettings
     ) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """Which teacher a run uses, and opening it: identity from its files alone, the model only where it works.
 
-The driver asks `identify` (tokenizer and config are read, no weights loaded); each labelling worker calls
-`load_teacher`. Both know the two kinds of teacher; nothing else does.
+The driver asks `identify` (tokenizer and config are read, no weights loaded); a labelling worker calls `load_teacher`,
+a pair worker `load_answer_model`, for students too. All know the two kinds of model; nothing else does.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoTokenizer
 from sparsight.config import HuggingFaceTeacherConfig
 from sparsight.errors import CheckpointError
 from sparsight.media.chat import ChatEncoder
-from sparsight.model.vision_language import VIDEO_TOKEN
+from sparsight.model.vision_language import VIDEO_TOKEN, VisionLanguageModel
 from sparsight.storage import open_storage
-from sparsight.teacher.hugging_face import HfTeacher, visual_token_of
+from sparsight.teacher.answering import AnswerModel
+from sparsight.teacher.hugging_face import HfTeacher, ImageTextModel, visual_token_of
 from sparsight.teacher.protocol import SignalSettings, Teacher, TeacherIdentity, directory_digest
-from sparsight.teacher.vision_language import VisionLanguageTeacher
+from sparsight.teacher.vision_language import OneVisionModel, VisionLanguageTeacher
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,13 @@ def load_teacher(
         attention = source.attention or "sdpa"
         return VisionLanguageTeacher.load(directory, identity, settings, dtype, attention, device)
     return HfTeacher.load(directory, identity, settings, source.dtype, source.attention, device)
+
+
+def load_answer_model(source: TeacherSource, device: str = "cpu") -> AnswerModel:
+    """Load a model to ask it. Raises `CheckpointError` if its weights do not fit."""
+    directory = source.directory()
+    if source.kind == "tiny":
+        dtype = torch.float32 if source.dtype == "auto" else getattr(torch, source.dtype)
+        model = VisionLanguageModel.load(directory, dtype, source.attention or "sdpa", device=device)
+        return OneVisionModel(model)
+    return ImageTextModel.load(directory, source.dtype, source.attention, device)

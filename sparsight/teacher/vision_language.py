@@ -111,6 +111,9 @@ class OneVisionModel:
     def prompt_tokens(self, row: OpenSample, seen: torch.Tensor) -> int:
         return len(self._turn_prompts(row, len(seen))[0])
 
+    def answer_tokens(self, text: str) -> int:
+        return len(self.chat.encode_answers("?", [text], 1).answer_ids(0))
+
     def draw(
         self,
         rows: Sequence[OpenSample],

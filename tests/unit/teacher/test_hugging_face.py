@@ -19,15 +19,16 @@ from transformers import (
     LlavaProcessor,
 )
 
-from sparsight.config import HuggingFaceTeacherConfig, LabelConfig
+from sparsight.config import HuggingFaceTeacherConfig, LabelConfig, PairsConfig
 from sparsight.errors import CheckpointError
 from sparsight.media.images import decode
 from sparsight.model.tiny import make_tokenizer
-from sparsight.records import Quarantined, Sample, TeacherSignal, Turn
+from sparsight.records import PreferencePair, Quarantined, Sample, TeacherSignal, Turn
 from sparsight.teacher.answering import DrawSettings
 from sparsight.teacher.flow import OpenSample, open_sample
 from sparsight.teacher.hugging_face import ImageTextModel
 from sparsight.teacher.load import TeacherSource, identify, load_teacher
+from sparsight.teacher.pair_maker import PairMaker, PairSettings
 from sparsight.teacher.protocol import SignalSettings, Teacher
 
 SETTINGS = SignalSettings(LabelConfig(head=6, tail_samples=4, batch_samples=3, max_answer_tokens=6), seed=7)
@@ -200,3 +201,20 @@ def test_answers_are_drawn_and_scored_by_any_model(stock: tuple[Any, Any], new_s
             assert ids_n.tolist() == [ids[position] for position in positions]
             assert total == pytest.approx(sum(float(logprobs_TV[at - 1, ids[at]]) for at in positions), abs=1e-4)
             assert scored.visual_tokens == ids.count(model.config.image_token_id)
+
+
+def test_ready_made_pairs_are_scored_by_any_model(stock: tuple[Any, Any], new_sample: Callable[..., Sample]) -> None:
+    model, processor = stock
+    turns = (Turn("which shape is it?", "a big circle"), Turn("which shape is it?", "red"))
+    sample = replace(new_sample(0, turns=1), turns=turns, independent=True)
+    maker = PairMaker(ImageTextModel(model, processor), PairSettings(PairsConfig()))
+    (pair,) = maker.score_given([sample])
+    assert isinstance(pair, PreferencePair)
+    for turn, stored in zip(turns, (pair.teacher_chosen_logprob, pair.teacher_rejected_logprob), strict=True):
+        prompt = processor.apply_chat_template(messages_of((turn,)), tokenize=False)
+        inputs = processor(text=[prompt], images=[[decode(sample.frames[0])]], return_tensors="pt")
+        with torch.inference_mode():
+            logprobs_TV = model(**inputs).logits[0].log_softmax(dim=-1)
+        ids = inputs["input_ids"][0].tolist()
+        live = sum(float(logprobs_TV[at - 1, ids[at]]) for at in answer_positions(ids, processor.tokenizer))
+        assert stored == pytest.approx(live, abs=1e-4)

@@ -137,6 +137,9 @@ class Replies:
     def prompt_tokens(self, row: OpenSample, seen: Any) -> int:
         return len(row.sample.turns[0].question)
 
+    def answer_tokens(self, text: str) -> int:
+        return len(text)
+
     def answer(self, rows: Sequence[OpenSample], seen: Sequence[Any], max_tokens: int) -> list[tuple[str, ...]]:
         self.prompts += [row.sample.turns[0].question for row in rows]
         assert all(row.sample.turns[0].answer is None for row in rows)
