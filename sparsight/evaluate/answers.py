@@ -127,7 +127,6 @@ class Examiner:
         self.limits = limits
         self.batch = batch
         self.max_answer_tokens = max_answer_tokens
-        self._chats: dict[tuple[Turn, int], EncodedChat] = {}
 
     @torch.inference_mode()
     def examine(self, samples: Sequence[Sample]) -> Examination:
@@ -138,7 +137,7 @@ class Examiner:
         for sample in samples:
             for index, turn in enumerate(sample.turns):
                 picture = sample.content_hash
-                chat = self._encode(turn, len(visual[picture]))
+                chat = self.model.chat.encode([turn], len(visual[picture]))
                 items.append(_Item(turn.answer_type, chat, visual[picture]))
                 heads.append((f"{sample.id}/{index}", picture, turn))
         written = self._ordered(items, self._generate)
@@ -164,12 +163,6 @@ class Examiner:
                 embeds_BTD = self.model.clip_embeds(features_NPD.unflatten(0, (len(batch), frames)))
                 tokens |= {name: embeds_TD for (name, _), embeds_TD in zip(batch, embeds_BTD, strict=True)}
         return tokens
-
-    def _encode(self, turn: Turn, visual_tokens: int) -> EncodedChat:
-        key = turn, visual_tokens
-        if key not in self._chats:  # benchmarks repeat few question texts about many pictures
-            self._chats[key] = self.model.chat.encode([turn], visual_tokens)
-        return self._chats[key]
 
     def _ordered(self, items: Sequence[_Item], work: Callable[[Sequence[_Item]], list[Value]]) -> list[Value]:
         """`work` on batches of like length, results in the order of the items."""

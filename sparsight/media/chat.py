@@ -6,9 +6,9 @@ would continue the prompt with. It knows nothing of pictures but how many tokens
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,13 @@ import numpy.typing as npt
 from sparsight.errors import DataError
 from sparsight.records import Turn
 
+Value = TypeVar("Value")
+
 Message = Mapping[str, Any]
 """A chat message in transformers' form: role, and content parts of type text or video."""
 
-_MARK = "\ue000"
+ANSWER_MARK = "\ue000"
+"""Stands where an answer will, while a template renders a conversation; text of users never holds it."""
 _REMEMBERED = 10_000
 
 
@@ -102,7 +105,7 @@ class ChatEncoder:
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
         self.end_id = int(tokenizer.eos_token_id)
         self._special = sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True)
-        self._encoded_alone: dict[tuple[str, str | None, int], EncodedChat] = {}
+        self._remembered: dict[tuple[object, ...], Any] = {}
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -117,19 +120,25 @@ class ChatEncoder:
 
     def plain(self, text: str) -> str:
         """The text with the tokenizer's special tokens broken up, so that users cannot forge turns or pictures."""
-        text = text.replace(_MARK, "")
+        text = text.replace(ANSWER_MARK, "")
         for token in self._special:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
 
     def encode(self, turns: Sequence[Turn], visual_tokens: int) -> EncodedChat:
         """A whole conversation about one picture that takes `visual_tokens` tokens; every answer must be present."""
+        if len(turns) == 1:
+            key = ("chat", turns[0].question, turns[0].answer, visual_tokens)
+            return self._once(key, lambda: self._encode(turns, visual_tokens))
+        return self._encode(turns, visual_tokens)
+
+    def _encode(self, turns: Sequence[Turn], visual_tokens: int) -> EncodedChat:
         pieces = self._pieces(turns)
         texts: list[str] = [pieces[0]]
         for turn, piece in zip(turns, pieces[1:], strict=True):
             if turn.answer is None:
                 raise DataError(f"the answer to '{turn.question}' is withheld: label the sample first")
-            end, rest = self._split_end(piece)
+            end, rest = self.split_end(piece)
             texts += [self.plain(turn.answer) + end, rest]
         ids = self._tokenize(texts)
         input_ids = self._expand(ids[0], [visual_tokens])
@@ -141,7 +150,7 @@ class ChatEncoder:
 
     def encode_independent(self, turns: Sequence[Turn], visual_tokens: int) -> EncodedChat:
         """Questions that share one picture and nothing else: the picture once, then what follows it in each prompt."""
-        alone = [self._encode_alone(turn, visual_tokens) for turn in turns]
+        alone = [self.encode([turn], visual_tokens) for turn in turns]
         last_visual = max(index for index, token in enumerate(alone[0].input_ids) if token == self.visual_id)
         input_ids = alone[0].input_ids[: last_visual + 1]
         starts: list[int] = []
@@ -157,7 +166,7 @@ class ChatEncoder:
     def encode_answers(self, question: str, answers: Sequence[str], visual_tokens: int) -> EncodedAnswers:
         """Several answers to one question about one picture: the prompt once, then every answer with its end."""
         pieces = self._pieces([Turn(question, None)])
-        end, _ = self._split_end(pieces[1])
+        end, _ = self.split_end(pieces[1])
         prompt, *answer_ids = self._tokenize([pieces[0], *(self.plain(answer) + end for answer in answers)])
         input_ids = self._expand(prompt, [visual_tokens])
         spans: list[tuple[int, int]] = []
@@ -166,21 +175,26 @@ class ChatEncoder:
             input_ids += ids
         return EncodedAnswers(input_ids, spans, visual_tokens)
 
-    def _encode_alone(self, turn: Turn, visual_tokens: int) -> EncodedChat:
-        """`encode` of one turn, remembered: benchmarks ask few questions about many pictures."""
-        key = (turn.question, turn.answer, visual_tokens)
-        if key not in self._encoded_alone:
-            if len(self._encoded_alone) >= _REMEMBERED:
-                self._encoded_alone.clear()
-            self._encoded_alone[key] = self.encode([turn], visual_tokens)
-        return self._encoded_alone[key]
-
     def turn_prompts(self, turns: Sequence[Turn], visual_tokens: int) -> list[list[int]]:
         """What to feed before each answer: the first holds the picture, later ones what follows an answer's end."""
+        if len(turns) == 1:
+            key = ("prompt", turns[0].question, visual_tokens)
+            return self._once(key, lambda: self._turn_prompts(turns, visual_tokens))
+        return self._turn_prompts(turns, visual_tokens)
+
+    def _turn_prompts(self, turns: Sequence[Turn], visual_tokens: int) -> list[list[int]]:
         pieces = self._pieces(turns)
-        texts = [pieces[0]] + [self._split_end(piece)[1] for piece in pieces[1:-1]]
+        texts = [pieces[0]] + [self.split_end(piece)[1] for piece in pieces[1:-1]]
         first, *later = self._tokenize(texts)
         return [self._expand(first, [visual_tokens]), *later]
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], Value]) -> Value:
+        """What was made of a single question, remembered: benchmarks ask few questions about many pictures."""
+        if key not in self._remembered:
+            if len(self._remembered) >= _REMEMBERED:
+                self._remembered.clear()
+            self._remembered[key] = make()
+        return self._remembered[key]
 
     def prompt(self, messages: Sequence[Message], visual_tokens: Sequence[int] = ()) -> list[int]:
         """Ids of a chat that ends where the assistant's answer begins; one count per video part, in order."""
@@ -215,14 +229,14 @@ class ChatEncoder:
             content: list[Message] = [{"type": "video"}] if index == 0 else []
             content.append({"type": "text", "text": self.plain(turn.question)})
             messages.append({"role": "user", "content": content})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": _MARK}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER_MARK}]})
         text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        pieces = text.split(_MARK)
+        pieces = text.split(ANSWER_MARK)
         if len(pieces) != len(turns) + 1:
             raise DataError("the tokenizer's chat template drops or repeats answers: it cannot be trained on")
         return pieces
 
-    def _split_end(self, piece: str) -> tuple[str, str]:
+    def split_end(self, piece: str) -> tuple[str, str]:
         """The end-of-turn token that closes an answer, and the text after it."""
         for token in self._special:
             if piece.startswith(token):

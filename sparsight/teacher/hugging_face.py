@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from sparsight.errors import CheckpointError, DataError
-from sparsight.media.chat import ChatEncoder
+from sparsight.media.chat import ANSWER_MARK, ChatEncoder
 from sparsight.model.sampling import SamplingSettings, TokenChooser
 from sparsight.records import Quarantined, Sample, TeacherSignal, Turn
 from sparsight.teacher.answering import DrawSettings, ScoredAnswers
@@ -30,7 +30,6 @@ from sparsight.teacher.flow import EncodedSample, OpenSample, label_questions_ap
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 from sparsight.teacher.targets import CHUNK_ELEMENTS
 
-_MARK = "\ue000"
 _TOLERANCE = 1e-2
 
 
@@ -243,19 +242,13 @@ class ImageTextModel:
             content: list[dict[str, str]] = [{"type": "image"}] * (0 if index else pictures)
             content.append({"type": "text", "text": self.chat.plain(turn.question)})
             messages.append({"role": "user", "content": content})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": _MARK}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER_MARK}]})
         text = str(self.processor.apply_chat_template(messages, tokenize=False))
-        first, *pieces = text.split(_MARK)
+        first, *pieces = text.split(ANSWER_MARK)
         if len(pieces) != len(turns):
             raise DataError("the teacher's chat template drops or repeats answers: it cannot be labelled with")
-        ends = tuple(self._end_of(piece) for piece in pieces)
-        return first, ends, tuple(piece[len(end) :] for piece, end in zip(pieces, ends, strict=True))
-
-    def _end_of(self, piece: str) -> str:
-        for token in sorted(map(str, self.processor.tokenizer.all_special_tokens), key=len, reverse=True):
-            if piece.startswith(token):
-                return token
-        raise DataError("the teacher's chat template closes an answer without an end-of-turn token")
+        cut = [self.chat.split_end(piece) for piece in pieces]
+        return first, tuple(end for end, _ in cut), tuple(rest for _, rest in cut)
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])

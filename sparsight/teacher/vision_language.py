@@ -23,8 +23,6 @@ from sparsight.teacher.answering import DrawSettings, ScoredAnswers
 from sparsight.teacher.flow import EncodedSample, OpenSample, label_samples, questions_apart
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 
-_REMEMBERED = 10_000
-
 
 class VisionLanguageTeacher:
     """Labels with a LLaVA-OneVision model (dense or sparse text model)."""
@@ -60,7 +58,6 @@ class OneVisionModel:
         text: Any = model.model.config.text_config
         self.max_positions = int(text.max_position_embeddings)
         self.vocabulary = int(model.head_VD.shape[0])
-        self._prompts: dict[tuple[str | int, ...], list[list[int]]] = {}
 
     @property
     def chat(self) -> ChatEncoder:
@@ -91,7 +88,9 @@ class OneVisionModel:
     ) -> list[tuple[str, ...]]:
         """Feed a question, write the answer or feed the given one; then the next turn."""
         decoder = BatchDecoder(self.model, len(rows))
-        prompts = [self._turn_prompts(row, len(tokens)) for row, tokens in zip(rows, seen, strict=True)]
+        prompts = [
+            self.chat.turn_prompts(row.sample.turns, len(tokens)) for row, tokens in zip(rows, seen, strict=True)
+        ]
         answers: list[list[str]] = [[] for _ in rows]
         unfed: list[list[int]] = [[] for _ in rows]
         for turn in range(max(len(prompt) for prompt in prompts)):
@@ -109,7 +108,7 @@ class OneVisionModel:
         return [tuple(texts) for texts in answers]
 
     def prompt_tokens(self, row: OpenSample, seen: torch.Tensor) -> int:
-        return len(self._turn_prompts(row, len(seen))[0])
+        return len(self.chat.turn_prompts(row.sample.turns, len(seen))[0])
 
     def answer_tokens(self, text: str) -> int:
         return len(self.chat.encode_answers("?", [text], 1).answer_ids(0))
@@ -124,7 +123,9 @@ class OneVisionModel:
         """The prompts are computed once; all answers of a prompt are drawn side by side from its cache."""
         times = len(seeds[0])
         decoder = BatchDecoder(self.model, len(rows))
-        prompts = [self._turn_prompts(row, len(tokens))[0] for row, tokens in zip(rows, seen, strict=True)]
+        prompts = [
+            self.chat.turn_prompts(row.sample.turns, len(tokens))[0] for row, tokens in zip(rows, seen, strict=True)
+        ]
         decoder.feed(prompts, torch.cat(list(seen)))
         decoder.repeat(times)
         streams = [SamplingSettings(settings.temperature, settings.top_p, seed) for row in seeds for seed in row]
@@ -146,15 +147,6 @@ class OneVisionModel:
             )
             for chat, score_A, tokens in zip(encoded, scores, seen, strict=True)
         ]
-
-    def _turn_prompts(self, row: OpenSample, visual_tokens: int) -> list[list[int]]:
-        """As the chat gives them; for the same questions they are remembered, many pictures get the same."""
-        key = (*(turn.question for turn in row.sample.turns), visual_tokens)
-        if key not in self._prompts:
-            if len(self._prompts) >= _REMEMBERED:
-                self._prompts.clear()
-            self._prompts[key] = self.chat.turn_prompts(row.sample.turns, visual_tokens)
-        return self._prompts[key]
 
     def _unfed(self, row: OpenSample, turn: int, written: list[int]) -> list[int]:
         """What must still follow in the cache before the next question: a given answer, or a missing end token."""

@@ -47,6 +47,17 @@ def test_special_tokens_in_user_text_stay_text(chat: ChatEncoder) -> None:
     assert special == [token for token in honest.input_ids if token in chat.tokenizer.all_special_ids]
 
 
+def test_single_questions_asked_again_are_encoded_as_in_a_new_encoder(chat: ChatEncoder) -> None:
+    asked = [Turn("what?", answer) for answer in ("yes", "no", "None", "yes")]
+    for tokens in (2, 5):
+        for turn in asked:
+            fresh = ChatEncoder(chat.tokenizer, VIDEO_TOKEN)
+            assert chat.encode([turn], tokens) == fresh.encode([turn], tokens)
+            assert chat.turn_prompts([turn], tokens) == fresh.turn_prompts([Turn("what?", None)], tokens)
+    with pytest.raises(DataError, match="withheld"):
+        chat.encode([Turn("what?", None)], 2)
+
+
 def test_a_withheld_answer_is_refused(chat: ChatEncoder) -> None:
     with pytest.raises(DataError, match="withheld"):
         chat.encode([Turn("what?", None)], visual_tokens=1)
