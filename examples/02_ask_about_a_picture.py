@@ -20,7 +20,7 @@ buffer = BytesIO()
 picture.save(buffer, format="PNG")
 url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-for question in ("what shape is in the image?", "what color is the circle?", "is there a blue square?"):
+for question in ("what shape is in the image?", "what color is the circle?", "is there a blue circle?"):
     events = client.chat.completions.create(
         model=model,
         messages=[

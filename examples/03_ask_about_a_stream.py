@@ -25,7 +25,7 @@ address = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
 with httpx.Client(base_url=address, timeout=60) as client:
     model = client.get("/models").json()["data"][0]["id"]
     stream = client.post("/streams", json={"model": model}).raise_for_status().json()["id"]
-    for second, colour in enumerate(["red"] * 5 + ["blue"] * 5 + ["green"] * 5):
+    for second, colour in enumerate(["red"] * 5 + ["blue"] * 5 + ["yellow"] * 5):
         frames = [{"time_s": float(second), "image": frame(colour)}]
         client.post(f"/streams/{stream}/frames", json={"frames": frames}).raise_for_status()
 
