@@ -74,12 +74,6 @@ def write_quarantine(storage: Storage, rows: Sequence[Quarantined]) -> None:
     storage.write_bytes(QUARANTINE, _parquet(pa.Table.from_pylist(columns, schema=QUARANTINE_SCHEMA)))
 
 
-def read_quarantine(storage: Storage) -> list[Quarantined]:
-    """The rows that could not be used. Raises `DataError` or `StorageError` where they cannot be read."""
-    rows = _read(storage, QUARANTINE, QUARANTINE_SCHEMA).to_pylist()
-    return [Quarantined(row["id"], row["source"], row["reason"]) for row in rows]
-
-
 def _parquet(table: pa.Table) -> bytes:
     buffer = BytesIO()
     pq.write_table(table, buffer, compression="zstd")

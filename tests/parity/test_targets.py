@@ -1,13 +1,31 @@
 """Sparse targets against their slow twin: the full softmax, kept whole."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from sparsight.records import SparseTargets
-from sparsight.teacher.targets import densify, sparse_targets, tail_uniforms, targets_of_hidden
+from sparsight.teacher.targets import sparse_targets, tail_uniforms, targets_of_hidden
 
 V, N = 97, 40
+
+
+def densify(targets: SparseTargets, vocabulary: int) -> npt.NDArray[np.float64]:
+    """The estimate of the full distributions, [n, V]: exact in the head, each draw worth tail mass / S.
+
+    Its expectation over draws is the teacher's distribution. Without draws the tail mass is left out.
+    """
+    n = len(targets)
+    probs_nV = np.zeros((n, vocabulary))
+    rows_n1 = np.arange(n)[:, None]
+    probs_nV[rows_n1, targets.head_ids_nK] = np.exp(targets.head_logprobs_nK.astype(np.float64))
+    draws = targets.tail_ids_nS.shape[1]
+    if draws:
+        drawn_nS = targets.tail_ids_nS >= 0
+        worth_nS = np.where(drawn_nS, targets.tail_mass_n[:, None] / draws, 0.0)
+        np.add.at(probs_nV, (rows_n1, np.where(drawn_nS, targets.tail_ids_nS, 0)), worth_nS)
+    return probs_nV
 
 
 @pytest.fixture

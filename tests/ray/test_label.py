@@ -20,12 +20,13 @@ from pipelines import runtime
 from pipelines.label import label
 from sparsight.artifacts import MANIFEST, Manifest, RunDirectory
 from sparsight.config import ArchitectureConfig, ResourcesConfig, RunConfig, dump
-from sparsight.data.samples import read_quarantine, write_samples
+from sparsight.data.samples import write_samples
 from sparsight.data.signals import iter_signals, signal_files
 from sparsight.errors import ArtifactError, DataError, SparsightError
 from sparsight.media.images import encode_png
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.records import Sample, TeacherSignal, Turn
+from tests.quarantine import read_quarantine
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -8,7 +8,6 @@ import pytest
 
 from sparsight.data.samples import (
     iter_samples,
-    read_quarantine,
     read_samples,
     sample_files,
     write_quarantine,
@@ -18,6 +17,7 @@ from sparsight.data.turns import pieces, read_conversation
 from sparsight.errors import DataError, StorageError
 from sparsight.records import SAMPLE_SCHEMA, Quarantined, Sample, Turn
 from sparsight.storage import open_storage
+from tests.quarantine import read_quarantine
 
 
 def some(number: int) -> list[Sample]:

@@ -12,9 +12,10 @@ from pipelines.prepare import plan, prepare
 from sparsight.artifacts import RunDirectory
 from sparsight.config import RunConfig
 from sparsight.data.objects import VOCABULARY, ObjectVocabulary
-from sparsight.data.samples import read_quarantine, read_samples
+from sparsight.data.samples import read_samples
 from sparsight.errors import ArtifactError, DataError
 from sparsight.records import Sample
+from tests.quarantine import read_quarantine
 
 STAGE = {"name": "mimic", "terms": {"forward_kl": 1.0}, "steps": 10}
 SCENES = {"kind": "scenes", "pictures": 60, "test_pictures": 20}
