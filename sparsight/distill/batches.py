@@ -90,6 +90,20 @@ class Batch:
     targets: ResponseTargets
     packing: Packing | None
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with what the step computes with on the device; the model itself moves pictures and packing."""
+        if device.type == "cpu":
+            return self
+        targets = self.targets
+        moved = ResponseTargets(
+            targets.label_ids_N.to(device),
+            targets.ce_weights_N.to(device),
+            targets.kl_weights_N.to(device),
+            None if targets.sparse is None else SparseTargetTensors(*(part.to(device) for part in targets.sparse)),
+        )
+        ids_BT, mask_BT = self.input_ids_BT.to(device), self.mask_BT.to(device)
+        return Batch(ids_BT, mask_BT, self.clips, self.selected_N.to(device), moved, self.packing)
+
 
 def collate(rows: Sequence[TrainingRow], pictures: Pictures, pad_id: int, ce_weight: float, kl_weight: float) -> Batch:
     """Right-padded tensors of rows. A response position weighs `ce_weight` if its answer is ground truth, else 0, in

@@ -8,86 +8,27 @@ cursor of both. Ray, files and progress bars are the pipelines' business.
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsight.config import StageConfig
-from sparsight.distill.balance import balance_loss
-from sparsight.distill.batches import Batch, BatchOrder, collate, steps_of
-from sparsight.distill.losses import Tail, response_loss
+from sparsight.distill.batches import BatchOrder, steps_of
 from sparsight.distill.optim import learning_rate_scale, make_optimizer, set_learning_rate
-from sparsight.distill.pictures import Clips, Pictures
-from sparsight.distill.rows import TrainingRow
-from sparsight.distill.telemetry import PAIRS_EVERY_STEPS, pair_counts, routing_metrics
+from sparsight.distill.pair_objective import PairObjective
+from sparsight.distill.pair_rows import PairRow
+from sparsight.distill.pictures import Pictures
+from sparsight.distill.response_objective import ResponseObjective
+from sparsight.distill.rows import Row, TrainingRow
+from sparsight.distill.step import Objective, StepOutput
+from sparsight.distill.telemetry import PAIRS_EVERY_STEPS, routing_metrics
 from sparsight.distill.workers import sum_over_workers, worker_count, worker_rank
 from sparsight.errors import CheckpointError, ConfigError
 from sparsight.model.parameters import set_trainable
-from sparsight.model.routing import RouterTrace, routers, trace_routers
+from sparsight.model.routing import routers
 from sparsight.model.vision_language import VisionLanguageModel
-
-
-class StepOutput(NamedTuple):
-    """`loss` to differentiate; `sums` = local sums of CE, KL, CE positions, KL positions, input tokens; the balance
-    value (0-d) of the global batch and the local `pair_counts` [L, E, E], None for a dense student."""
-
-    loss: torch.Tensor
-    sums: torch.Tensor
-    balance: torch.Tensor | None
-    pairs_LEE: torch.Tensor | None
-
-
-class StudentStep(nn.Module):
-    """Batch in, weighted loss out: the module that data-parallel training wraps."""
-
-    def __init__(self, student: VisionLanguageModel, balance_weight: float, tail: Tail, vocabulary: int | None) -> None:
-        super().__init__()
-        self.stock: nn.Module = student.model
-        self._student = student
-        self._balance_weight = balance_weight
-        self._tail: Tail = tail
-        self._vocabulary = vocabulary
-
-    def forward(self, batch: Batch) -> StepOutput:
-        student = self._student
-        visual_ND = _visual_embeds(student, batch.clips)
-        with trace_routers(student) as trace:
-            hidden_BTD = student.hidden(batch.input_ids_BT, batch.mask_BT, visual_ND, batch.packing)
-        hidden_ND = hidden_BTD.flatten(0, 1)[batch.selected_N]
-        head_VD = student.head_VD if self._vocabulary is None else student.head_VD[: self._vocabulary]
-        response = response_loss(hidden_ND, head_VD, batch.targets, self._tail)
-        ce_here_N, kl_here_N = batch.targets.ce_weights_N > 0, batch.targets.kl_weights_N > 0
-        ce, kl = response.cross_entropy_N[ce_here_N].sum(), response.kl_N[kl_here_N].sum()
-        counts = [ce_here_N.sum(), kl_here_N.sum(), batch.mask_BT.sum()]
-        sums = torch.stack([ce, kl, *(count.to(ce.dtype) for count in counts)])
-        if not trace.logits:
-            return StepOutput(response.total, sums, None, None)
-        return self._with_balance(response.total, sums, trace, batch.mask_BT.flatten())
-
-    def _with_balance(
-        self, loss: torch.Tensor, sums: torch.Tensor, trace: RouterTrace, mask_T: torch.Tensor
-    ) -> StepOutput:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._balance_weight > 0):
-            balance = balance_loss(trace.logits, trace.chosen, mask_T)
-        if self._balance_weight > 0:
-            loss = loss + self._balance_weight * balance.loss
-        experts = next(iter(trace.logits.values())).shape[1]
-        return StepOutput(loss, sums, balance.value.detach(), pair_counts(trace.chosen, experts, mask_T))
-
-
-def _visual_embeds(student: VisionLanguageModel, clips: Clips) -> torch.Tensor:
-    """Embeddings of all clips' visual tokens in reading order [N, D]; the tower runs only on pixels."""
-    values = clips.values.to(student.device)
-    trains = any(parameter.requires_grad for parameter in student.model.model.vision_tower.parameters())
-    if trains and clips.are_features:
-        raise ConfigError("a stage that trains the tower cannot use precomputed features")
-    features_NPD = values if clips.are_features else student.features(values, gradient=trains)
-    if len(set(clips.frames)) == 1:
-        return student.clip_embeds(features_NPD.unflatten(0, (-1, clips.frames[0]))).flatten(0, 1)
-    split = features_NPD.split(clips.frames)
-    return torch.cat([student.clip_embeds(clip_FPD[None])[0] for clip_FPD in split])
 
 
 class StageTrainer:
@@ -100,7 +41,7 @@ class StageTrainer:
         self,
         student: VisionLanguageModel,
         stage: StageConfig,
-        rows: Sequence[TrainingRow],
+        rows: Sequence[Row],
         pictures: Pictures,
         seed: int,
         vocabulary: int | None = None,
@@ -117,7 +58,8 @@ class StageTrainer:
         self.parameters = set_trainable(student, stage.trainable)
         self.optimizer = make_optimizer(self.parameters, stage)
         self.sparse_layers = sorted(routers(student))
-        self.module: nn.Module = StudentStep(student, stage.terms.balance, stage.tail, vocabulary)
+        self.objective = _objective(student, stage, rows, pictures, vocabulary)
+        self.module: nn.Module = self.objective.module
         if worker_count() > 1:
             self.module = DistributedDataParallel(self.module, forward_sync_buffers=False, gradient_as_bucket_view=True)
         self._last_s = time.perf_counter()
@@ -139,23 +81,15 @@ class StageTrainer:
         self.step += 1
         return self._metrics(output, float(norm), self.stage.learning_rate * scale)
 
-    def batch(self) -> Batch:
-        """This worker's share of the current step, weighted so that the workers' mean is the global batch's loss.
-
-        Every term is a sum over positions divided by the response tokens of the whole global batch; the factor
-        `workers` undoes the averaging of gradients over workers.
-        """
-        tokens = sum(len(self.rows[index].positions_n) for index in self.order.batch(self.step))
-        share = [self.rows[index] for index in self.order.share(self.step, worker_rank(), worker_count())]
-        terms, scale = self.stage.terms, worker_count() / max(1, tokens)
-        batch = collate(
-            share, self.pictures, self.student.chat.pad_id, terms.cross_entropy * scale, terms.forward_kl * scale
-        )
-        return _to_device(batch, self.student.device)
+    def batch(self) -> Any:
+        """This worker's share of the current step, weighted so that the workers' mean is the global batch's loss."""
+        share = self.order.share(self.step, worker_rank(), worker_count())
+        return self.objective.batch(self.order.batch(self.step), share)
 
     def state_dict(self) -> dict[str, Any]:
         weights = {name: value for name, value in self.student.model.named_parameters() if value.requires_grad}
-        return {"step": self.step, "weights": weights, "optimizer": self.optimizer.state_dict()}
+        state = {"step": self.step, "weights": weights, "optimizer": self.optimizer.state_dict()}
+        return state | {"objective": self.objective.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state of the same stage. Raises `CheckpointError` if it is of another one."""
@@ -168,6 +102,7 @@ class StageTrainer:
         with torch.no_grad():
             for name, value in ours.items():
                 value.copy_(theirs[name])
+        self.objective.load_state(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
 
@@ -175,38 +110,31 @@ class StageTrainer:
         loss = output.loss.detach().to(output.sums.dtype) / worker_count()
         counts = [] if output.pairs_LEE is None else [output.pairs_LEE.flatten().to(output.sums.dtype)]
         totals = sum_over_workers(torch.cat([output.sums.detach(), loss[None], *counts]))
-        ce, kl, ce_positions, kl_positions, tokens, loss_value = totals[:6].tolist()
+        named = len(output.sums) + 1
+        *sums, tokens, loss_value = totals[:named].tolist()
         now_s = time.perf_counter()
         metrics = {"loss": loss_value, "learning_rate": rate, "gradient_norm": norm}
         metrics["tokens_per_s"] = tokens / (now_s - self._last_s)
         self._last_s = now_s
-        if ce_positions:
-            metrics["cross_entropy"] = ce / ce_positions
-        if kl_positions:
-            metrics["forward_kl"] = kl / kl_positions
+        metrics |= self.objective.figures(sums)
         if output.balance is not None and output.pairs_LEE is not None:
             metrics["balance"] = float(output.balance)
             pairs = self.step % PAIRS_EVERY_STEPS == 0 or self.done
-            metrics |= routing_metrics(totals[6:].view_as(output.pairs_LEE), self.sparse_layers, pairs)
+            metrics |= routing_metrics(totals[named:].view_as(output.pairs_LEE), self.sparse_layers, pairs)
         return metrics
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cpu":
-        return batch
-    sparse = batch.targets.sparse
-    moved = None if sparse is None else type(sparse)(*(values.to(device) for values in sparse))
-    targets = batch.targets._replace(
-        label_ids_N=batch.targets.label_ids_N.to(device),
-        ce_weights_N=batch.targets.ce_weights_N.to(device),
-        kl_weights_N=batch.targets.kl_weights_N.to(device),
-        sparse=moved,
-    )
-    return Batch(
-        batch.input_ids_BT.to(device),
-        batch.mask_BT.to(device),
-        batch.clips,
-        batch.selected_N.to(device),
-        targets,
-        batch.packing,
-    )
+def _objective(
+    student: VisionLanguageModel,
+    stage: StageConfig,
+    rows: Sequence[Row],
+    pictures: Pictures,
+    vocabulary: int | None,
+) -> Objective:
+    if stage.rows == "pairs":
+        pairs = [row for row in rows if isinstance(row, PairRow)]
+        assert len(pairs) == len(rows), "a stage over pairs needs rows of pairs"
+        return PairObjective(student, stage, pairs, pictures, vocabulary)
+    answers = [row for row in rows if isinstance(row, TrainingRow)]
+    assert len(answers) == len(rows), "a stage over samples needs rows of samples"
+    return ResponseObjective(student, stage, answers, pictures, vocabulary)

@@ -7,6 +7,7 @@ starts, so that a bad store is refused before any worker runs.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,24 @@ from sparsight.data.split import choose_pictures
 from sparsight.errors import AlignmentError
 from sparsight.media.chat import ChatEncoder, EncodedChat
 from sparsight.records import Sample, SparseTargets, TeacherSignal, Turn, hash_response
+
+
+class Row(Protocol):
+    """What the loop and the pipelines need of a row; `len` is its tokens, `positions_n` those that are learned."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def content_hash(self) -> str: ...
+
+    @property
+    def positions_n(self) -> npt.NDArray[np.integer]: ...
+
+    def __len__(self) -> int: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,7 @@ class TrainingRow:
         return self.input_ids[self.positions_n]
 
 
-def share_of(rows: Sequence[TrainingRow], share: float, seed: int) -> list[TrainingRow]:
+def share_of(rows: Sequence[AnyRow], share: float, seed: int) -> list[AnyRow]:
     """The rows of a seeded share of the pictures, in order; at least one picture."""
     hashes = {row.content_hash for row in rows}
     chosen = choose_pictures(hashes, max(share, 1.0 / max(1, len(hashes))), seed, "stage share")
@@ -80,12 +99,7 @@ class RowMaker:
 
     def check_tokenizer(self, fingerprint: str | None) -> None:
         """Raises `AlignmentError` unless the signals were written with the student's tokenizer."""
-        ours = self.chat.tokenizer_fingerprint
-        if fingerprint != ours:
-            raise AlignmentError(
-                f"the signals were written with tokenizer {fingerprint or '(not recorded)'}, the student's is {ours}: "
-                "their token ids do not mean the same; use a student with the teacher's tokenizer"
-            )
+        check_tokenizer("signals", fingerprint, self.chat.tokenizer_fingerprint)
 
     def labelled(self, samples: Iterable[Sample], signals: Iterable[TeacherSignal]) -> list[TrainingRow]:
         """Rows of the samples that have a signal, in the samples' order; samples without one are left out.
@@ -95,7 +109,7 @@ class RowMaker:
         by_id = {signal.id: signal for signal in signals}
         rows = [self.align(sample, by_id.pop(sample.id)) for sample in samples if sample.id in by_id]
         if by_id:
-            raise _misfit(next(iter(by_id)), "there is no sample of this id", "label these samples again")
+            raise misfit(next(iter(by_id)), "there is no sample of this id", "label these samples again")
         return rows
 
     def align(self, sample: Sample, signal: TeacherSignal) -> TrainingRow:
@@ -103,7 +117,7 @@ class RowMaker:
         _check_content(sample, signal)
         visual_tokens = self.visual_tokens(len(sample.frames))
         if self.same_visual_tokens and visual_tokens != signal.visual_tokens:
-            raise _misfit(
+            raise misfit(
                 sample.id,
                 f"its picture takes {signal.visual_tokens} tokens for the teacher, {visual_tokens} for the student",
                 "use towers and patch sizes that agree, or set distill.same_visual_tokens: false",
@@ -111,7 +125,7 @@ class RowMaker:
         answers = _cut(signal)
         ids, positions_n, starts = self._encode(sample, signal, answers, visual_tokens)
         if hash_response(ids[positions_n]) != signal.response_hash:
-            raise _misfit(sample.id, "the student cuts its answers into other tokens", "use the teacher's tokenizer")
+            raise misfit(sample.id, "the student cuts its answers into other tokens", "use the teacher's tokenizer")
         self._check_targets(sample.id, signal.targets, len(positions_n))
         truth_n = np.repeat(~np.asarray(signal.answered_by_teacher), signal.answer_lengths)
         return TrainingRow(sample.id, signal.content_hash, ids, positions_n, truth_n, signal.targets, starts)
@@ -143,10 +157,10 @@ class RowMaker:
 
     def _check_targets(self, row: str, targets: SparseTargets, positions: int) -> None:
         if len(targets) != positions:
-            raise _misfit(row, f"it has targets for {len(targets)} of {positions} answer tokens", "label it again")
+            raise misfit(row, f"it has targets for {len(targets)} of {positions} answer tokens", "label it again")
         for ids in (targets.head_ids_nK, targets.tail_ids_nS):
             if ids.size and int(ids.max()) >= self.vocabulary:
-                raise _misfit(
+                raise misfit(
                     row,
                     f"the teacher gives weight to token {int(ids.max())}, the student's head ends at {self.vocabulary}",
                     "use a student whose vocabulary is as large as the teacher's",
@@ -155,9 +169,9 @@ class RowMaker:
 
 def _check_content(sample: Sample, signal: TeacherSignal) -> None:
     if sample.content_hash != signal.content_hash:
-        raise _misfit(sample.id, "the teacher saw another picture than the sample holds", "label the samples again")
+        raise misfit(sample.id, "the teacher saw another picture than the sample holds", "label the samples again")
     if len(signal.answered_by_teacher) != len(sample.turns) or len(signal.answer_lengths) != len(sample.turns):
-        raise _misfit(
+        raise misfit(
             sample.id,
             f"the teacher saw {len(signal.answer_lengths)} questions, the sample has {len(sample.turns)}",
             "label the samples again",
@@ -168,15 +182,25 @@ def _check_content(sample: Sample, signal: TeacherSignal) -> None:
 
 def _check_source(row: str, turn: Turn, by_teacher: bool) -> None:
     if turn.answer is None and not by_teacher:
-        raise _misfit(row, f"the teacher was given an answer to '{turn.question}', the sample has none", "label again")
+        raise misfit(row, f"the teacher was given an answer to '{turn.question}', the sample has none", "label again")
 
 
 def _cut(signal: TeacherSignal) -> list[npt.NDArray[np.int32]]:
     """The response ids of each answer."""
     if sum(signal.answer_lengths) != len(signal.response_ids_n):
-        raise _misfit(signal.id, "the lengths of its answers do not add up to its response", "label it again")
+        raise misfit(signal.id, "the lengths of its answers do not add up to its response", "label it again")
     return np.split(signal.response_ids_n, np.cumsum(signal.answer_lengths)[:-1])
 
 
-def _misfit(row: str, what: str, remedy: str) -> AlignmentError:
+def check_tokenizer(store: str, theirs: str | None, ours: str) -> None:
+    """Raises `AlignmentError` unless a store was written with the student's tokenizer."""
+    if theirs != ours:
+        raise AlignmentError(
+            f"the {store} were written with tokenizer {theirs or '(not recorded)'}, the student's is {ours}: their "
+            "token ids do not mean the same; use a student with the teacher's tokenizer"
+        )
+
+
+def misfit(row: str, what: str, remedy: str) -> AlignmentError:
+    """The refusal of one row."""
     return AlignmentError(f"row '{row}' cannot be trained on: {what}; {remedy}")

@@ -11,11 +11,9 @@ import numpy as np
 import torch
 
 from sparsight.media.chat import EncodedAnswers
+from sparsight.model.label_logprobs import label_logprobs
 from sparsight.model.packing import pack
 from sparsight.model.vision_language import VisionLanguageModel
-
-CHUNK_ELEMENTS = 2**23
-"""Logits that exist at one time: 32 MiB in float32."""
 
 
 @torch.no_grad()
@@ -39,19 +37,10 @@ def score_answers(
     hidden_ND = hidden_BTD.flatten(0, 1)[torch.from_numpy(before_N).to(hidden_BTD.device)]
     labels_N = ids_BT.flatten()[torch.from_numpy(positions_N).to(ids_BT.device)]
     logprobs_N = label_logprobs(hidden_ND, model.head_VD[:vocabulary], labels_N)
-    lengths = [end - start for row in rows for start, end in row.answer_spans]
-    sums = torch.stack([part_n.sum() for part_n in logprobs_N.split(lengths)])
+    sums = answer_sums(logprobs_N, [end - start for row in rows for start, end in row.answer_spans])
     return list(sums.split([len(row.answer_spans) for row in rows]))
 
 
-def label_logprobs(
-    hidden_ND: torch.Tensor, head_VD: torch.Tensor, labels_N: torch.Tensor, chunk_positions: int | None = None
-) -> torch.Tensor:
-    """The log-prob [N] (float32 at least) that each hidden state gives to its label, `chunk_positions` at a time."""
-    chunk = chunk_positions or max(16, CHUNK_ELEMENTS // head_VD.shape[0])
-    parts: list[torch.Tensor] = []
-    for hidden_nD, labels_n in zip(hidden_ND.split(chunk), labels_N.split(chunk), strict=True):
-        logits_nV = hidden_nD @ head_VD.T
-        logits_nV = logits_nV if logits_nV.dtype == torch.float64 else logits_nV.float()
-        parts.append(logits_nV.gather(1, labels_n[:, None])[:, 0] - logits_nV.logsumexp(dim=-1))
-    return torch.cat(parts)
+def answer_sums(logprobs_N: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """The log-prob of every answer [answers] from those of all answers' tokens, one answer after the other."""
+    return torch.stack([part_n.sum() for part_n in logprobs_N.split(list(lengths))])

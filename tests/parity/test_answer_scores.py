@@ -6,7 +6,7 @@ from PIL import Image
 
 from sparsight.config import ArchitectureConfig, UpcycleConfig
 from sparsight.media.pixels import to_pixels
-from sparsight.model.answer_scores import label_logprobs, score_answers
+from sparsight.model.answer_scores import score_answers
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.upcycle import upcycle
 from sparsight.model.vision_language import VisionLanguageModel
@@ -69,11 +69,18 @@ def test_answers_take_the_tokens_of_the_conversation(model: VisionLanguageModel)
             assert row.input_ids[: row.starts[0]] == alone.input_ids[: alone.answer_spans[0][0]]
 
 
-def test_the_vocabulary_is_cut_and_chunks_do_not_matter() -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden_ND = torch.randn(7, 5, generator=generator, dtype=torch.float64)
-    head_VD = torch.randn(20, 5, generator=generator, dtype=torch.float64)
-    labels_N = torch.arange(7)
-    slow_N = (hidden_ND @ head_VD[:12].T).log_softmax(dim=-1).gather(1, labels_N[:, None])[:, 0]
-    for chunk in (1, 3, 7, None):
-        torch.testing.assert_close(label_logprobs(hidden_ND, head_VD[:12], labels_N, chunk), slow_N)
+@torch.no_grad()
+def test_a_cut_vocabulary_normalises_over_what_is_left(model: VisionLanguageModel) -> None:
+    row = model.chat.encode_answers(ASKED[0][0], ["q", "xyz"], model.visual_tokens())
+    visual_SD = torch.randn(model.visual_tokens(), SMALL.text_width, generator=torch.Generator().manual_seed(0))
+    known = max(row.answer_ids(0).max(), row.answer_ids(1).max()) + 1
+    assert known < model.head_VD.shape[0]
+    ids_BT, mask_BT = model.pad([[*row.input_ids[: row.starts[0]], *row.answer_ids(0).tolist()]])
+    logits_TV = model.hidden(ids_BT, mask_BT, visual_SD)[0] @ model.head_VD[:known].T
+    logprobs_TV = logits_TV.log_softmax(dim=-1)
+    start, end = row.answer_spans[0]
+    slow = sum(float(logprobs_TV[position - 1, ids_BT[0, position]]) for position in range(start, end))
+    (cut_A,) = score_answers(model, [row], visual_SD, known)
+    (whole_A,) = score_answers(model, [row], visual_SD)
+    assert float(cut_A[0]) == pytest.approx(slow, abs=1e-4)
+    assert float(cut_A[0]) > float(whole_A[0])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparsight.distill.batches import collate
-from sparsight.distill.loop import StageTrainer, StudentStep
+from sparsight.distill.loop import StageTrainer
+from sparsight.distill.response_objective import ResponseStep
 from sparsight.model.routing import trace_routers
 from tests.parity.training_case import STAGE, trainer
 
@@ -84,6 +85,6 @@ def test_a_head_longer_than_the_teachers_is_cut_for_the_loss() -> None:
     unknown = [token for token in range(known, known + 40) if token not in set(batch.input_ids_BT.flatten().tolist())]
     assert unknown
     for vocabulary in (None, known):
-        step = StudentStep(case.student, 0.0, STAGE.tail, vocabulary)
+        step = ResponseStep(case.student, 0.0, STAGE.tail, vocabulary)
         (grad_VD,) = torch.autograd.grad(step(replace(batch, targets=targets)).loss, [head])
         assert (float(grad_VD[unknown].abs().max()) == 0.0) == (vocabulary is not None)

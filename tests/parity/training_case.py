@@ -40,9 +40,12 @@ STAGE = StageConfig(
 )
 
 
+def dense_student() -> VisionLanguageModel:
+    return make_dense(SMALL, make_tokenizer([*WORDS, "what is in the image?"] * 20, 300), seed=0)
+
+
 def sparse_student() -> VisionLanguageModel:
-    tokenizer = make_tokenizer([*WORDS, "what is in the image?"] * 20, 300)
-    return upcycle(make_dense(SMALL, tokenizer, seed=0), UpcycleConfig(experts=4, active_experts=2), seed=1)
+    return upcycle(dense_student(), UpcycleConfig(experts=4, active_experts=2), seed=1)
 
 
 def samples(count: int = 20) -> list[Sample]:
