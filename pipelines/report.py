@@ -3,16 +3,25 @@
 Called by `pipelines.evaluate` when the evaluation is there; measures nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.times import read_times
 from sparsight.artifacts import MANIFEST, Artifact, Manifest, RunDirectory, code_revision, digest, read_manifest
 from sparsight.config import RunConfig, TinyTeacherConfig
+from sparsight.distill.telemetry import LayerHistory, read_history
 from sparsight.errors import ArtifactError
 from sparsight.evaluate.machine import describe_machine
 from sparsight.evaluate.page import render
-from sparsight.evaluate.plots import Curve, accuracy_bars, expert_load, training_curves
+from sparsight.evaluate.plots import (
+    Curve,
+    LoadCurves,
+    accuracy_bars,
+    co_activation,
+    expert_load,
+    load_history,
+    training_curves,
+)
 from sparsight.evaluate.report import ArtifactRow, Report
 from sparsight.evaluate.results import Evaluation
 from sparsight.observe import read_metrics, say
@@ -132,6 +141,33 @@ def _draw(config: RunConfig, run: RunDirectory, evaluation: Evaluation) -> dict[
         if load:
             title = f"Expert load of {name} on {evaluation.headline_set}"
             pictures[f"experts_{name}.png"] = (title, expert_load(load, title))
+    for student in config.distill.students:
+        pictures |= _draw_routing(run, student.name, [stage.name for stage in student.stages])
+    return pictures
+
+
+def _draw_routing(run: RunDirectory, student: str, stages: Sequence[str]) -> dict[str, tuple[str, bytes]]:
+    """How a student's experts came to share the work over its sparse stages; nothing for a dense student."""
+    joined: dict[int, LayerHistory] = {}
+    starts: dict[str, float] = {}
+    steps = 0
+    for stage in stages:
+        rows = _metrics(run, f"students/{student}/{stage}")
+        found = read_history(rows)
+        for layer, history in found.items():
+            joined.setdefault(layer, LayerHistory()).extend(history, steps)
+        if found:
+            starts[stage] = steps
+            steps += rows[-1]["step"]
+    if not joined:
+        return {}
+    curves = {layer: LoadCurves(it.steps, it.load_nE, it.entropy_n) for layer, it in joined.items()}
+    title = f"Experts of {student} over training"
+    pictures = {f"routing_{student}.png": (title, load_history(curves, starts, title))}
+    tables = {layer: it.last_together() for layer, it in joined.items() if it.together_mEE}
+    if tables:
+        caption = f"Tokens that two experts of {student} share, at the end of training"
+        pictures[f"together_{student}.png"] = (caption, co_activation(tables, f"Pairs of experts of {student}"))
     return pictures
 
 
@@ -144,10 +180,14 @@ def _curves(config: RunConfig, run: RunDirectory) -> dict[str, dict[str, Curve]]
         folders += [(f"{student.name}: {it.name}", f"students/{student.name}/{it.name}") for it in student.stages]
     found: dict[str, dict[str, Curve]] = {}
     for title, folder in folders:
-        key = f"{folder}/{METRICS}"
-        rows = read_metrics(run.storage.fetch(key)) if run.storage.exists(key) else []
+        rows = _metrics(run, folder)
         terms = [name for name in CURVES if any(name in row for row in rows)] or ["loss"]
         curves: dict[str, Curve] = {name: [(row["step"], row[name]) for row in rows if name in row] for name in terms}
         if any(curves.values()):
             found[title] = curves
     return found
+
+
+def _metrics(run: RunDirectory, folder: str) -> list[dict[str, Any]]:
+    key = f"{folder}/{METRICS}"
+    return read_metrics(run.storage.fetch(key)) if run.storage.exists(key) else []

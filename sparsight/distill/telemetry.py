@@ -59,6 +59,20 @@ class LayerHistory:
     together_mEE: list[list[list[float]]] = field(default_factory=list[list[list[float]]])
     """With a diagonal of 0; empty where tokens have one expert only, or none was written."""
 
+    def extend(self, later: "LayerHistory", offset: int) -> None:
+        """Append what followed, its steps counted on from `offset`."""
+        self.steps += [offset + step for step in later.steps]
+        self.load_nE += later.load_nE
+        self.entropy_n += later.entropy_n
+        self.together_mEE += later.together_mEE
+
+    def last_together(self) -> list[list[float]]:
+        """Mean co-activation [E, E] over the last tenth of what was written."""
+        tables = self.together_mEE[-max(1, len(self.together_mEE) // 10) :]
+        return [
+            [math.fsum(cells) / len(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)
+        ]
+
 
 def pair_counts(chosen: Mapping[int, torch.Tensor], experts: int, mask_T: torch.Tensor) -> torch.Tensor:
     """Tokens sent to both of two experts, layers in order [L, E, E], from chosen experts [T, A] by layer.

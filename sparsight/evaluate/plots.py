@@ -1,16 +1,18 @@
-"""The report's pictures: accuracy bars with intervals, training curves, expert load. PNG bytes out, nothing shown.
+"""The report's pictures: accuracy bars with intervals, training curves, expert load and what led to it. PNG bytes out.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; sizes fit a page as wide as a README. Figures
 are built without pyplot, so that no state outlives a call.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from sparsight.evaluate.results import BaselineResult, Evaluation
+from sparsight.model.routing import load_entropy
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 NEUTRAL = "#8c8c8c"
@@ -18,9 +20,19 @@ ON_COLOUR = ("white", "black", "white", "black", "black", "white", "black")
 """Text that can be read on each of the colours."""
 CURVE_NAMES = {"cross_entropy": "cross-entropy", "forward_kl": "forward KL"}
 WIDTH_IN, DPI = 8.4, 110
+MOST_LABELLED = 8
+"""Tables of more experts than this are drawn without numbers."""
 
 Curve = Sequence[tuple[float, float]]
 """(step, value) pairs."""
+
+
+class LoadCurves(NamedTuple):
+    """One sparse layer over training: every expert's share of the routing decisions, and the entropy of the shares."""
+
+    steps: Sequence[float]
+    load_nE: Sequence[Sequence[float]]
+    entropy_n: Sequence[float]
 
 
 def accuracy_bars(evaluation: Evaluation, test_set: str) -> bytes:
@@ -99,27 +111,103 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 
 def expert_load(load: Mapping[int, Mapping[str, Sequence[float]]], title: str) -> bytes:
-    """A table of colours a sparse layer: share of routing decisions by group of tokens and expert."""
+    """A table of colours a sparse layer: share of routing decisions by group of tokens and expert, and its entropy."""
     groups = list(next(iter(load.values())))
-    figure = Figure(figsize=(WIDTH_IN, 1.2 + 0.36 * len(groups)), dpi=DPI, layout="constrained")
-    grid: Any = figure.subplots(1, len(load), squeeze=False)
+    columns = min(3, len(load))
+    rows = -(-len(load) // columns)
+    figure = Figure(figsize=(WIDTH_IN, 0.5 + (0.7 + 0.36 * len(groups)) * rows), dpi=DPI, layout="constrained")
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
     image: Any = None
     most = max(max(shares[group]) for shares in load.values() for group in groups)
-    for axes, (layer, shares) in zip(grid.flat, load.items(), strict=True):
+    for place, (layer, shares) in enumerate(load.items()):
+        axes = grid.flat[place]
         table = [list(shares[group]) for group in groups]
+        experts = range(len(table[0]))
         image = axes.imshow(table, vmin=0.0, vmax=most, cmap="cividis", aspect="auto")
+        size = 8 if len(experts) * columns <= 2 * MOST_LABELLED else 6
         for row, values in enumerate(table):
             for column, value in enumerate(values):
                 colour = "black" if value > 0.55 * most else "white"
-                axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=8)
+                axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=size)
+            axes.text(len(values) - 0.4, row, f"{load_entropy(values):.2f}", va="center", fontsize=8)
         axes.set_title(f"text layer {layer}", fontsize=9)
-        axes.set_xticks(range(len(table[0])), [str(expert) for expert in range(len(table[0]))])
-        axes.set_xlabel("expert")
-        first = axes is grid.flat[0]
-        axes.set_yticks(range(len(groups)), [group.replace("_", "/") for group in groups] if first else [])
+        axes.set_title("entropy\n/ ln E", fontsize=7, loc="right", ha="left")
+        axes.set_xticks(experts, [str(expert) for expert in experts])
+        axes.set_xlabel("expert", fontsize=8)
+        named = [group.replace("_", "/") for group in groups] if place % columns == 0 else []
+        axes.set_yticks(range(len(groups)) if named else [], named)
         axes.tick_params(labelsize=8)
+    for axes in list(grid.flat)[len(load) :]:
+        axes.set_axis_off()
     figure.suptitle(title, fontsize=11)
     figure.colorbar(image, ax=list(grid.flat), label="share of routing decisions", shrink=0.9)
+    return _png(figure)
+
+
+def load_history(layers: Mapping[int, LoadCurves], stages: Mapping[str, float], title: str) -> bytes:
+    """One row a sparse layer: load of every expert, and its entropy, against steps; `stages` maps names to first steps.
+
+    A collapse shows as lines that leave the even share and as an entropy that falls.
+    """
+    experts = len(next(iter(layers.values())).load_nE[0])
+    figure = Figure(figsize=(WIDTH_IN, 1.3 + 1.8 * len(layers)), dpi=DPI, layout="constrained")
+    grid: Any = figure.subplots(len(layers), 2, squeeze=False, sharex=True)
+    lowest = min(value for curves in layers.values() for value in _running_mean(curves.entropy_n))
+    for (left, right), (layer, curves) in zip(grid, layers.items(), strict=True):
+        left.axhline(1 / experts, color=NEUTRAL, linewidth=0.8, linestyle=":", label="even share")
+        for expert in range(experts):
+            style = {"color": COLOURS[expert % len(COLOURS)], "linestyle": "-" if expert < len(COLOURS) else "--"}
+            shares = [load_E[expert] for load_E in curves.load_nE]
+            left.plot(curves.steps, shares, linewidth=0.5, alpha=0.2, **style)
+            left.plot(curves.steps, _running_mean(shares), linewidth=1.3, label=f"expert {expert}", **style)
+        right.plot(curves.steps, curves.entropy_n, color="black", linewidth=0.5, alpha=0.2)
+        right.plot(curves.steps, _running_mean(curves.entropy_n), color="black", linewidth=1.3)
+        left.set_ylim(bottom=0.0)
+        right.set_ylim(min(0.9, lowest - 0.02), 1.005)
+        left.set_ylabel(f"text layer {layer}\nshare of decisions", fontsize=8)
+        right.set_ylabel("entropy / ln E", fontsize=8)
+        for axes in (left, right):
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.25)
+            for start in list(stages.values())[1:]:
+                axes.axvline(start, color=NEUTRAL, linewidth=0.8, linestyle="--")
+    grid[0, 0].set_title("routing decisions that each expert received", fontsize=9)
+    grid[0, 1].set_title("entropy of these shares (1: even, 0: one expert has all)", fontsize=9)
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False
+    )
+    for axes in grid[-1]:
+        axes.set_xlabel(f"optimiser step ({', then '.join(stages)})", fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return _png(figure)
+
+
+def co_activation(layers: Mapping[int, Sequence[Sequence[float]]], title: str) -> bytes:
+    """A table of colours a sparse layer: the share of tokens that were sent to both of two experts [E, E]."""
+    columns = min(3, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(1.5 + 2.3 * columns, 0.7 + 2.5 * rows), dpi=DPI, layout="constrained")
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
+    most = max(value for table in layers.values() for row in table for value in row)
+    image: Any = None
+    for axes, (layer, table) in zip(grid.flat, layers.items(), strict=False):
+        E = len(table)
+        cells = [[math.nan if i == j else table[i][j] for j in range(E)] for i in range(E)]
+        image = axes.imshow(cells, vmin=0.0, vmax=most, cmap="cividis")
+        for i, j in ((i, j) for i in range(E) for j in range(E) if i != j and E <= MOST_LABELLED):
+            colour = "black" if table[i][j] > 0.55 * most else "white"
+            axes.text(j, i, f"{table[i][j]:.0%}", ha="center", va="center", color=colour, fontsize=7)
+        even = sum(map(sum, table)) / (E * (E - 1))  # all pairs of a token count, so their mean is the even share
+        axes.set_title(f"text layer {layer} (even: {even:.1%})", fontsize=9)
+        axes.set_xticks(range(E))
+        axes.set_yticks(range(E))
+        axes.tick_params(labelsize=8)
+        axes.set_xlabel("expert", fontsize=8)
+        axes.set_ylabel("expert", fontsize=8)
+    for axes in list(grid.flat)[len(layers) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=list(grid.flat), label="share of tokens sent to both", shrink=0.9)
+    figure.suptitle(title, fontsize=11)
     return _png(figure)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparsight.distill.telemetry import layer_routing, pair_counts, read_history, routing_metrics
+from sparsight.distill.telemetry import LayerHistory, layer_routing, pair_counts, read_history, routing_metrics
 from sparsight.model.routing import chosen_together, load_entropy
 
 CHOSEN_TA = torch.tensor([[0, 1], [1, 0], [0, 2], [2, 3]])  # four tokens, two experts each; the last is padding
@@ -81,3 +81,11 @@ def test_one_active_expert_has_no_pairs() -> None:
     metrics = routing_metrics(counts_LEE, [0], pairs=True)
     assert metrics["load/layer_0/expert_0"] == pytest.approx(0.5)
     assert not [name for name in metrics if name.startswith("together")]
+
+
+def test_stages_join_and_the_end_is_averaged() -> None:
+    first = LayerHistory([1, 2], [[0.5, 0.5]] * 2, [1.0, 1.0], [[[0.0, 1.0], [1.0, 0.0]]] * 5)
+    tables = [[[0.0, share], [share, 0.0]] for share in [0.0] * 13 + [0.2, 0.6]]
+    first.extend(LayerHistory([1], [[1.0, 0.0]], [0.0], tables), offset=2)
+    assert (first.steps, first.load_nE[-1], first.entropy_n) == ([1, 2, 3], [1.0, 0.0], [1.0, 1.0, 0.0])
+    assert first.last_together()[0] == pytest.approx([0.0, 0.4])
