@@ -5,8 +5,6 @@ Rows are made and checked against the teacher's signals here, before any worker 
 """
 
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.command import run_command
-from pipelines.features import make_features
 from pipelines.label import teacher_source
-from pipelines.training import CHECKPOINTS, MODEL, StageJob, train_stage
+from pipelines.training import MODEL, START, finish_stage, save_model, stage_job
 from sparsight.artifacts import Artifact, Manifest, RunDirectory
 from sparsight.config import RunConfig, StageConfig, StudentConfig, StudentRun
 from sparsight.data.samples import read_samples
@@ -25,7 +22,6 @@ from sparsight.distill.batches import steps_of
 from sparsight.distill.rows import RowMaker, TrainingRow, share_of
 from sparsight.distill.start import first_student
 from sparsight.errors import ConfigError
-from sparsight.media.images import DecodeLimits
 from sparsight.model.text_base import text_base_digest
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import say
@@ -38,7 +34,6 @@ KIND = "model"
 VERSION = 1
 SAMPLES = "samples/student"
 SIGNALS = "signals"
-START = "start"
 
 
 def distill(config: RunConfig) -> None:
@@ -172,42 +167,8 @@ def _new_student(config: RunConfig, student: StudentRun) -> StudentConfig:
 def _first_start(data: StageData, run: StudentRun, target: Storage) -> Storage:
     """The dense student before its first stage, saved in the stage's draft."""
     student = first_student(_new_student(data.config, run), data.teacher_directory, data.config.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        student.save(folder)
-        target.delete(START)
-        target.publish(Path(folder), START)
+    save_model(student, target, START)
     return target.child(START)
-
-
-def stage_job(
-    config: RunConfig, stage: StageConfig, start: Storage, target: Storage, samples: Storage, vocabulary: int | None
-) -> StageJob:
-    """The stage as a worker sees it; computes the tower's features first, where they are wanted and may be used."""
-    uses_features = config.distill.precompute_features and "tower" not in stage.trainable
-    features = make_features(config, start.fetch()).uri if uses_features else None
-    return StageJob(
-        stage=stage,
-        start=start.uri,
-        target=target.uri,
-        samples=samples.uri,
-        features=features,
-        seed=config.seed,
-        vocabulary=vocabulary,
-        limits=DecodeLimits.of(config.data),
-        threads=config.resources.threads_per_worker,
-        gpu=config.resources.train_gpus,
-    )
-
-
-def finish_stage(artifact: Artifact, job: StageJob, rows: Sequence[TrainingRow], steps: int, config: RunConfig) -> None:
-    """Train the stage, remove what only training needed, and write the manifest."""
-    started_s = time.monotonic()
-    figures = train_stage(job, rows, steps, config.resources)
-    artifact.storage.delete(CHECKPOINTS)
-    artifact.storage.delete(START)
-    tokens = sum(len(row.positions_n) for row in rows)
-    counts = {"rows": len(rows), "response_tokens": tokens, "steps": steps}
-    artifact.commit(counts, {**figures, "train_s": time.monotonic() - started_s}, {"stage": job.stage.name})
 
 
 def _plan_lines(config: RunConfig) -> list[str]:

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipelines.command import run_command
-from pipelines.distill import finish_stage, stage_job
-from pipelines.training import MODEL
+from pipelines.training import MODEL, finish_stage, save_model, stage_job
 from sparsight.artifacts import MANIFEST, Artifact, RunDirectory
 from sparsight.config import RunConfig, StageConfig, TinyTeacherConfig
 from sparsight.data.samples import iter_samples, read_samples
@@ -102,7 +101,7 @@ def _tower(settings: TinyTeacherConfig, config: RunConfig, samples: Storage, tea
 
             figures = train_tower(model, settings.tower, rows, seed, report, limits)
         artifact.storage.publish(Path(folder), "")
-    _save(model, artifact.storage)
+    save_model(model, artifact.storage, MODEL)
     artifact.commit(figures=figures)
     return artifact
 
@@ -132,13 +131,6 @@ def _stage(config: RunConfig, stage: StageConfig, before: Storage, teacher: Arti
     job = stage_job(config, stage, start, artifact.storage, samples, vocabulary=None)
     finish_stage(artifact, job, rows, steps, config)
     return artifact
-
-
-def _save(model: VisionLanguageModel, target: Storage) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        model.save(folder)
-        target.delete(MODEL)
-        target.publish(Path(folder), MODEL)
 
 
 def _plan_lines(config: RunConfig) -> list[str]:

@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pipelines import runtime
-from sparsight.config import ResourcesConfig, StageConfig
+from pipelines.features import make_features
+from sparsight.artifacts import Artifact
+from sparsight.config import ResourcesConfig, RunConfig, StageConfig
 from sparsight.data.samples import iter_samples
 from sparsight.distill.loop import StageTrainer
 from sparsight.distill.pictures import FeaturePictures, Pictures, PixelPictures
@@ -36,6 +39,7 @@ from sparsight.observe import MetricsWriter, progress_bar, say
 from sparsight.storage import LocalStorage, Storage, open_storage
 
 MODEL = "model"
+START = "start"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 STATE = "state.pt"
@@ -74,6 +78,45 @@ class StageJob:
             return FeaturePictures(open_storage(self.features))
         samples = iter_samples(open_storage(self.samples))
         return PixelPictures(samples, student.pixels, *self.limits)
+
+
+def stage_job(
+    config: RunConfig, stage: StageConfig, start: Storage, target: Storage, samples: Storage, vocabulary: int | None
+) -> StageJob:
+    """The stage as a worker sees it; computes the tower's features first, where they are wanted and may be used."""
+    uses_features = config.distill.precompute_features and "tower" not in stage.trainable
+    features = make_features(config, start.fetch()).uri if uses_features else None
+    return StageJob(
+        stage=stage,
+        start=start.uri,
+        target=target.uri,
+        samples=samples.uri,
+        features=features,
+        seed=config.seed,
+        vocabulary=vocabulary,
+        limits=DecodeLimits.of(config.data),
+        threads=config.resources.threads_per_worker,
+        gpu=config.resources.train_gpus,
+    )
+
+
+def finish_stage(artifact: Artifact, job: StageJob, rows: Sequence[TrainingRow], steps: int, config: RunConfig) -> None:
+    """Train the stage, remove what only training needed, and write the manifest."""
+    started_s = time.monotonic()
+    figures = train_stage(job, rows, steps, config.resources)
+    artifact.storage.delete(CHECKPOINTS)
+    artifact.storage.delete(START)
+    tokens = sum(len(row.positions_n) for row in rows)
+    counts = {"rows": len(rows), "response_tokens": tokens, "steps": steps}
+    artifact.commit(counts, {**figures, "train_s": time.monotonic() - started_s}, {"stage": job.stage.name})
+
+
+def save_model(model: VisionLanguageModel, target: Storage, key: str) -> None:
+    """The model's directory under a key, in place of what is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        target.delete(key)
+        target.publish(Path(folder), key)
 
 
 def train_stage(job: StageJob, rows: Sequence[TrainingRow], steps: int, resources: ResourcesConfig) -> dict[str, float]:
@@ -189,10 +232,7 @@ class _StageFiles:
     def save(self, student: VisionLanguageModel) -> None:
         if self._first:
             self.publish()
-            with tempfile.TemporaryDirectory() as folder:
-                student.save(folder)
-                self._storage.delete(MODEL)
-                self._storage.publish(Path(folder), MODEL)
+            save_model(student, self._storage, MODEL)
 
     def __enter__(self) -> "_StageFiles":
         return self
