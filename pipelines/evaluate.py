@@ -7,7 +7,7 @@ speed follow when all have answered, speed alone on the machine. The protocol is
 
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -22,10 +22,12 @@ from pipelines.report import plan_report, write_report
 from pipelines.runtime import connect, require
 from sparsight.artifacts import Artifact, RunDirectory, read_manifest
 from sparsight.config import EvaluateConfig, RunConfig
+from sparsight.data.objects import VOCABULARY, ObjectVocabulary
 from sparsight.data.samples import iter_samples
 from sparsight.errors import AlignmentError, ArtifactError
 from sparsight.evaluate.agreement import Agreement, agreement
 from sparsight.evaluate.answers import Answer, Examination, Examiner, by_pictures, join
+from sparsight.evaluate.hallucination import hallucination
 from sparsight.evaluate.results import (
     STUDENT,
     TEACHER,
@@ -49,6 +51,7 @@ from sparsight.storage import Storage
 ARTIFACT, KIND, VERSION = "evaluation", "evaluation", 1
 RESULTS, PREDICTIONS = "evaluation.json", "predictions.parquet"
 HEADLINE_SOURCE = "easy_vqa"
+SCENE_HALLUCINATION = "pope"
 PICTURES_PER_PIECE = 256
 
 Answered = dict[tuple[str, str], Examination]
@@ -80,20 +83,38 @@ def plan_evaluation(config: RunConfig, models: Sequence[ModelSource]) -> Artifac
     """The artefact of this stage, fingerprinted by its settings, the models and the test sets."""
     run = RunDirectory(config.run_dir)
     inputs = {f"model_{model.name}": model.fingerprint for model in models}
-    for name, storage in test_sets(run).items():
+    for name, storage in test_sets(run).all.items():
         inputs[name] = read_manifest(storage, "samples").fingerprint
     inputs["baselines"] = run.finished("samples/teacher", "samples")[1].fingerprint
     return run.artifact(ARTIFACT, KIND, VERSION, config.evaluate, inputs)
 
 
-def test_sets(run: RunDirectory) -> dict[str, Storage]:
-    """Finished test sets of a run by name (`easy_vqa`, `scenes`, …), the headline set first."""
+class EvaluationSets(NamedTuple):
+    """Finished test sets of a run by name (`easy_vqa`, `scenes`, …)."""
+
+    questions: dict[str, Storage]
+    """Those whose answers are right or wrong, the headline set first."""
+    hallucination: dict[str, Storage]
+    """Those whose answers are read for objects, drawn scenes first; each holds the vocabulary to read them with."""
+
+    @property
+    def all(self) -> dict[str, Storage]:
+        return self.questions | self.hallucination
+
+
+def test_sets(run: RunDirectory) -> EvaluationSets:
+    """Raises `ArtifactError` where no questions are finished that a model can answer rightly or wrongly."""
     keys = (key for key in run.storage.keys("samples") if key.endswith("/manifest.json"))
     names = sorted(key.split("/")[1].removeprefix("test_") for key in keys if key.startswith("samples/test_"))
-    if not names:
+    names.sort(key=lambda name: name not in (HEADLINE_SOURCE, SCENE_HALLUCINATION))
+    sets = EvaluationSets({}, {})
+    for name in names:
+        storage = run.storage.child(f"samples/test_{name}")
+        kind = sets.hallucination if storage.exists(VOCABULARY) else sets.questions
+        kind[name] = storage
+    if not sets.questions:
         raise ArtifactError(f"'{run.storage.uri}' holds no finished test set: run pipelines.prepare with test pictures")
-    names.sort(key=lambda name: name != HEADLINE_SOURCE)
-    return {name: run.storage.child(f"samples/test_{name}") for name in names}
+    return sets
 
 
 def examine_all(config: RunConfig, models: Sequence[ModelSource]) -> tuple[Evaluation, Answered]:
@@ -102,9 +123,11 @@ def examine_all(config: RunConfig, models: Sequence[ModelSource]) -> tuple[Evalu
     connect(config.resources)
     resources = config.resources
     require(resources.threads_per_worker, resources.label_gpus, resources.start_timeout_s, "evaluation")
-    sets = test_sets(run)
-    answered = _answers(config, models, sets)
-    kinds = _agreements(config, models, answered)
+    found = test_sets(run)
+    sets = found.questions
+    answered = _answers(config, models, found)
+    vocabularies = {name: _vocabulary(storage) for name, storage in found.hallucination.items()}
+    kinds = _agreements(config, models, {key: part for key, part in answered.items() if key[1] in sets})
     say("evaluate: measuring the speed of decoding")
     sizes: dict[str, _Size] = ray.get(_task(_measure, config).remote(list(models), config.resources.threads_per_worker))
     results = {
@@ -116,6 +139,10 @@ def examine_all(config: RunConfig, models: Sequence[ModelSource]) -> tuple[Evalu
             sets={name: set_result(answered[model.name, name].answers, kinds.get((model.name, name))) for name in sets},
             tokens_per_s=sizes[model.name].tokens_per_s,
             expert_load={name: shares(answered[model.name, name].expert_counts) for name in sets},
+            hallucination={
+                name: hallucination(answered[model.name, name].answers, vocabulary)
+                for name, vocabulary in vocabularies.items()
+            },
         )
         for model in models
     }
@@ -138,6 +165,10 @@ def examine_all(config: RunConfig, models: Sequence[ModelSource]) -> tuple[Evalu
     return evaluation, answered
 
 
+def _vocabulary(storage: Storage) -> ObjectVocabulary:
+    return ObjectVocabulary.from_json(storage.read_bytes(VOCABULARY))
+
+
 def _training_turns(run: RunDirectory, test_set: str) -> list[Turn]:
     """The answered training turns of a test set's source."""
     storage, _ = run.finished("samples/teacher", "samples")
@@ -151,13 +182,14 @@ def _task(function: Any, config: RunConfig) -> Any:
     return ray.remote(function).options(num_cpus=resources.threads_per_worker, num_gpus=resources.label_gpus)
 
 
-def _answers(config: RunConfig, models: Sequence[ModelSource], sets: Mapping[str, Storage]) -> Answered:
+def _answers(config: RunConfig, models: Sequence[ModelSource], sets: EvaluationSets) -> Answered:
     settings, threads = config.evaluate, config.resources.threads_per_worker
     limits = DecodeLimits.of(config.data)
-    counts = {name: _questions(storage, settings) for name, storage in sets.items()}
+    counts = {name: _questions(storage, settings) for name, storage in sets.all.items()}
+    examine = _task(_examine, config)
     work = {
-        _task(_examine, config).remote(model, storage, settings, limits, threads): (model.name, name)
-        for name, storage in sets.items()
+        examine.remote(model, storage, settings, limits, threads, name in sets.questions): (model.name, name)
+        for name, storage in sets.all.items()
         for model in models
     }
     parts: dict[tuple[str, str], list[Examination]] = {key: [] for key in work.values()}
@@ -181,13 +213,13 @@ def _questions(storage: Storage, settings: EvaluateConfig) -> int:
 
 
 def _examine(
-    source: ModelSource, samples: Storage, settings: EvaluateConfig, limits: DecodeLimits, threads: int
+    source: ModelSource, samples: Storage, settings: EvaluateConfig, limits: DecodeLimits, threads: int, read: bool
 ) -> Generator[Examination]:
-    """Runs in a worker: one model on one test set, piece by piece."""
+    """Runs in a worker: one model on one test set, piece by piece; `read` also reads it with its answers."""
     torch.set_num_threads(threads)
     examiner = Examiner(load(source), settings.batch_samples, settings.max_answer_tokens, limits)
     for piece in by_pictures(iter_samples(samples), PICTURES_PER_PIECE, settings.limit):
-        yield examiner.examine(piece)
+        yield examiner.examine(piece) if read else examiner.ask(piece)
 
 
 def load(source: ModelSource) -> VisionLanguageModel:

@@ -21,7 +21,7 @@ from sparsight.media.pixels import to_pixels
 from sparsight.model.decode import BatchDecoder
 from sparsight.model.routing import RouterTrace, routers, trace_routers
 from sparsight.model.vision_language import VisionLanguageModel
-from sparsight.records import Sample, Turn
+from sparsight.records import Sample
 
 ExpertCounts = dict[int, dict[str, list[int]]]
 """Routing decisions by sparse layer, then by group of tokens, then by expert."""
@@ -131,24 +131,36 @@ class Examiner:
     @torch.inference_mode()
     def examine(self, samples: Sequence[Sample]) -> Examination:
         """Ask every question of the samples alone, and read each with its answer (all answers must be present)."""
-        visual = self._visual_tokens(samples)
-        items: list[_Item] = []
-        heads: list[tuple[str, str, Turn]] = []
-        for sample in samples:
-            for index, turn in enumerate(sample.turns):
-                picture = sample.content_hash
-                chat = self.model.chat.encode([turn], len(visual[picture]))
-                items.append(_Item(turn.answer_type, chat, visual[picture]))
-                heads.append((f"{sample.id}/{index}", picture, turn))
-        written = self._ordered(items, self._generate)
+        items = self._items(samples)
+        answers = self._answers(samples, items)
         counts: ExpertCounts = {}
         states = self._ordered(items, lambda batch: self._read(batch, counts))
-        answers = [
-            Answer(name, picture, turn.question, str(turn.answer), text, turn.answer_type)
-            for (name, picture, turn), text in zip(heads, written, strict=True)
-        ]
         ids = [item.chat.response_ids_n for item in items]
         return Examination(answers, np.concatenate(states), np.concatenate(ids), counts)
+
+    @torch.inference_mode()
+    def ask(self, samples: Sequence[Sample]) -> Examination:
+        """Ask every question of the samples alone, and read nothing: an examination without states and routing."""
+        return Examination(self._answers(samples, self._items(samples)))
+
+    def _items(self, samples: Sequence[Sample]) -> list[_Item]:
+        visual = self._visual_tokens(samples)
+        pairs = [(turn, visual[sample.content_hash]) for sample in samples for turn in sample.turns]
+        return [
+            _Item(turn.answer_type, self.model.chat.encode([turn], len(visual_TD)), visual_TD)
+            for turn, visual_TD in pairs
+        ]
+
+    def _answers(self, samples: Sequence[Sample], items: Sequence[_Item]) -> list[Answer]:
+        heads = [
+            (f"{sample.id}/{index}", sample.content_hash, turn)
+            for sample in samples
+            for index, turn in enumerate(sample.turns)
+        ]
+        return [
+            Answer(name, picture, turn.question, str(turn.answer), text, turn.answer_type)
+            for (name, picture, turn), text in zip(heads, self._ordered(items, self._generate), strict=True)
+        ]
 
     def _visual_tokens(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """Visual tokens [F * S + 1, D] of each different picture, by content hash."""

@@ -13,6 +13,17 @@ frequent training answer, in columns of an answer type the most frequent answer 
 docs/protocol.md of the source tree."""
 
 
+INVENTED = """\
+Does a model speak of objects that are not in the picture? First, descriptions (CHAIR): how many of them name an object
+that is not there, and how many of all named objects are not there. Who names little invents little, so beside it stand
+the share of the pictures' objects that are named, and how many objects a description names."""
+
+ASKED = """\
+Second, questions whether an object is there (POPE), as many with the answer yes as with no. Objects that are not there
+are of three kinds: drawn at random, the most frequent in all pictures, and adversarial, those that the picture makes
+likely."""
+
+
 SEEN = """\
 All models share one vision tower, frozen after it was trained with the answers of all training pictures. Beyond it,
 the first student learns from the teacher's signals on all training pictures and from ground-truth answers to {answered}
@@ -31,6 +42,10 @@ def render(report: Report) -> str:
         f"## How it was measured\n\n{PROTOCOL}",
         *(f"## By answer type: {name}\n\n{_by_type(evaluation, name)}" for name in evaluation.baselines),
         f"## Agreement with the teacher\n\n{_agreement(evaluation)}",
+        *(
+            f"## Hallucination: {name}\n\n{_hallucination(evaluation, name)}"
+            for name in _hallucination_sets(evaluation)
+        ),
         f"## Size and speed\n\n{_size_and_speed(report)}",
         *(f"## {caption}\n\n![{caption}]({name})" for name, caption in report.pictures),
         f"## Stored signals and export\n\n{_stores(report)}",
@@ -117,6 +132,37 @@ def _agreement(evaluation: Evaluation) -> str:
     if not rows:
         return "Not measured: the teacher is not of the students' architecture."
     return _table(["", "test set", "KL(teacher ‖ student), nats", "same first token", "answer positions"], rows)
+
+
+def _hallucination_sets(evaluation: Evaluation) -> list[str]:
+    return list(next(iter(evaluation.models.values())).hallucination)
+
+
+def _hallucination(evaluation: Evaluation, test_set: str) -> str:
+    results = {name: model.hallucination[test_set] for name, model in evaluation.models.items()}
+    described = [
+        [name, *map(_percent, (it.response, it.object, it.recall)), f"{it.mentions_per_answer:.2f}"]
+        for name, result in results.items()
+        if (it := result.chair) is not None
+    ]
+    asked = [
+        [
+            kind,
+            name,
+            f"{scores.f1.value:.3f} [{scores.f1.low:.3f}, {scores.f1.high:.3f}]",
+            *map(_percent, (scores.accuracy, scores.precision, scores.recall, scores.yes_rate)),
+        ]
+        for kind in next(iter(results.values())).pope
+        for name, scores in ((name, result.pope[kind]) for name, result in results.items())
+    ]
+    parts: list[str] = []
+    if described:
+        head = ["", "descriptions with an object not there", "named objects not there", "objects named", "names each"]
+        parts += [INVENTED, _table(head, described)]
+    if asked:
+        head = ["absent objects", "", "F1 [95 %]", "accuracy", "precision of yes", "objects recognised", "says yes"]
+        parts += [ASKED, _table(head, asked)]
+    return "\n\n".join(parts)
 
 
 def _size_and_speed(report: Report) -> str:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sparsight.evaluate.agreement import Agreement
 from sparsight.evaluate.answers import Answer, ExpertCounts
+from sparsight.evaluate.hallucination import Hallucination, hallucination_figures
 from sparsight.evaluate.scores import Baselines, Difference, Share, answer_types, difference, score, share
 
 TEACHER, STUDENT = "teacher", "student"
@@ -48,6 +49,8 @@ class ModelResult(_Result):
     """By batch size."""
     expert_load: dict[str, dict[int, dict[str, list[float]]]] = {}
     """By test set, sparse layer and group of tokens: each expert's share of the routing decisions."""
+    hallucination: dict[str, Hallucination] = {}
+    """By set of questions that show it."""
 
 
 class Evaluation(_Result):
@@ -141,6 +144,8 @@ def _model_figures(name: str, model: ModelResult, evaluation: Evaluation) -> dic
         found[f"{name}_tokens_per_s_batch_{batch}"] = value
         if name != TEACHER and batch in teacher:
             found[f"{name}_speed_vs_teacher_batch_{batch}"] = value / teacher[batch]
+    for index, (test_set, shown) in enumerate(model.hallucination.items()):
+        found |= hallucination_figures(f"{name}_{test_set}" if index else name, shown)
     for layer, groups in model.expert_load.get(evaluation.headline_set, {}).items():
         found[f"{name}_largest_expert_share_layer_{layer}"] = max(max(load) for load in groups.values())
     return found

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from sparsight.evaluate.answers import Answer, normalise
+from sparsight.data.turns import normalise
+from sparsight.evaluate.answers import Answer
 from sparsight.records import Turn
 
 Z_95 = 1.959963984540054
@@ -33,6 +34,16 @@ class Share(BaseModel):
         return self.right / self.count if self.count else math.nan
 
 
+class Ratio(BaseModel):
+    """A ratio of sums in [0, 1] that need not be whole numbers, with a 95 % interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    low: float
+    high: float
+
+
 class Difference(BaseModel):
     """How much more of the same questions one model answers right than another, with a 95 % interval."""
 
@@ -44,20 +55,27 @@ class Difference(BaseModel):
 
 
 def share(right: Sequence[bool], pictures: Sequence[str]) -> Share:
-    """The Wilson interval with the number of questions divided by the design effect of pictures (at least 1).
-
-    The design effect is the variance of the share between pictures (ratio estimator) over that of independent
-    questions.
-    """
-    N = len(right)
-    if N == 0:
+    """Share of right questions; see `ratio` for its interval."""
+    if not right:
         return Share(right=0, count=0, low=0.0, high=1.0)
-    right_P, count_P = _per_picture(np.asarray(right, dtype=np.float64), pictures)
-    value = float(right_P.sum() / N)
+    found = ratio(right, [1.0] * len(right), pictures)
+    return Share(right=sum(right), count=len(right), low=found.low, high=found.high)
+
+
+def ratio(part: Sequence[float], whole: Sequence[float], pictures: Sequence[str]) -> Ratio:
+    """Sum of `part` over sum of `whole` (0 <= part <= whole, their sum above 0), row by row about `pictures`.
+
+    The Wilson interval with the sum of `whole` as the number of trials, divided by the design effect of pictures (at
+    least 1): the variance of the ratio between pictures (ratio estimator) over that of independent trials.
+    """
+    part_P = _per_picture(np.asarray(part, dtype=np.float64), pictures)
+    whole_P = _per_picture(np.asarray(whole, dtype=np.float64), pictures)
+    N = float(whole_P.sum())
+    value = float(part_P.sum() / N)
     independent = value * (1.0 - value) / N
-    effect = max(1.0, _variance(right_P, count_P) / independent) if independent > 0.0 else 1.0
+    effect = max(1.0, _variance(part_P, whole_P) / independent) if independent > 0.0 else 1.0
     low, high = wilson(value, N / effect)
-    return Share(right=int(right_P.sum()), count=N, low=low, high=high)
+    return Ratio(value=value, low=low, high=high)
 
 
 def wilson(value: float, count: float) -> tuple[float, float]:
@@ -71,26 +89,24 @@ def wilson(value: float, count: float) -> tuple[float, float]:
 def difference(right: Sequence[bool], than: Sequence[bool], pictures: Sequence[str]) -> Difference:
     """Paired by question: share of `right` minus share of `than`, interval from the variance between pictures."""
     gains = np.asarray(right, dtype=np.float64) - np.asarray(than, dtype=np.float64)
-    gain_P, count_P = _per_picture(gains, pictures)
+    gain_P, count_P = _per_picture(gains, pictures), _per_picture(np.ones(len(gains)), pictures)
     value = float(gains.mean())
     half = Z_95 * math.sqrt(_variance(gain_P, count_P))
     return Difference(value=value, low=value - half, high=value + half)
 
 
-def _per_picture(
-    values_N: npt.NDArray[np.float64], pictures: Sequence[str]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _per_picture(values_N: npt.NDArray[np.float64], pictures: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Sums over the rows of each picture, in a fixed order of pictures."""
     _, index_N = np.unique(np.asarray(pictures), return_inverse=True)
-    sum_P = np.bincount(index_N, values_N).astype(np.float64)
-    return sum_P, np.bincount(index_N).astype(np.float64)
+    return np.bincount(index_N, values_N).astype(np.float64)
 
 
-def _variance(sum_P: npt.NDArray[np.float64], count_P: npt.NDArray[np.float64]) -> float:
-    """Variance of Σ sum / Σ count when pictures are drawn, not questions; 0 where there is one picture only."""
-    P, N = len(sum_P), count_P.sum()
+def _variance(sum_P: npt.NDArray[np.float64], whole_P: npt.NDArray[np.float64]) -> float:
+    """Variance of Σ sum / Σ whole when pictures are drawn, not questions; 0 where there is one picture only."""
+    P, N = len(sum_P), whole_P.sum()
     if P < 2:
         return 0.0
-    rest_P = sum_P - sum_P.sum() / N * count_P
+    rest_P = sum_P - sum_P.sum() / N * whole_P
     return float(P / (P - 1) * (rest_P**2).sum() / N**2)
 
 

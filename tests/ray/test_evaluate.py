@@ -35,14 +35,30 @@ SMALL = ArchitectureConfig(
 STAGE = {"name": "only", "terms": {"cross_entropy": 1.0}, "steps": 1}
 
 
+def annotated_pictures(folder: Path) -> dict[str, str]:
+    """Three pictures with COCO-style annotations, as a source."""
+    for number in range(3):
+        Image.new("RGB", (48, 32), (40 * number, 90, 90)).save(folder / f"{number}.png")
+    content = {
+        "images": [{"id": number, "file_name": f"{number}.png"} for number in range(3)],
+        "annotations": [{"image_id": number, "category_id": number} for number in range(3)],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(("dog", "hot dog", "apple"))],
+    }
+    (folder / "instances.json").write_text(json.dumps(content))
+    return {"kind": "coco", "annotations": str(folder / "instances.json"), "pictures": str(folder)}
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    scenes = {"kind": "scenes", "pictures": 10, "test_pictures": 6}
+    coco = annotated_pictures(tmp_path_factory.mktemp("coco"))
     students = [{"name": "small", "stages": [STAGE]}, {"name": "sft_student", "stages": [STAGE]}]
     return RunConfig.model_validate(
         {
             "run_dir": str(tmp_path_factory.mktemp("run")),
             "data": {
-                "sources": [{"kind": "easy_vqa", "limit": 12}, {"kind": "scenes", "pictures": 10, "test_pictures": 6}]
+                "sources": [{"kind": "easy_vqa", "limit": 12}, scenes, coco],
+                "hallucination": {"questions": 1},
             },
             "teacher": {"kind": "tiny", "stages": [STAGE]},
             "distill": {"students": students},
@@ -91,7 +107,7 @@ def test_predictions_equal_those_of_one_process(
 ) -> None:
     table = pq.read_table(Path(config.run_dir) / "evaluation" / "predictions.parquet").to_pylist()
     roles = {"teacher": "teacher", "student": "students/small/only", "sft_student": "students/sft_student/only"}
-    for test_set in ("easy_vqa", "scenes"):
+    for test_set in ("easy_vqa", "scenes", "pope", "coco"):
         samples = read_samples(RunDirectory(config.run_dir).storage.child(f"samples/test_{test_set}"))
         for role, name in roles.items():
             expected = Examiner(models[name], 32, 3).examine(samples).answers
@@ -116,7 +132,12 @@ def test_the_report_has_the_figures_that_programs_read(report: Path) -> None:
         "student_tokens_per_s_batch_32",
         "student_speed_vs_teacher_batch_1",
         "student_largest_expert_share_layer_1",
+        "teacher_chair_response",
+        "student_chair_recall",
+        "sft_student_pope_adversarial_f1",
+        "student_coco_chair_response",
     }
+    assert not any("pope_accuracy" in name or "coco_accuracy" in name for name in figures)  # nothing to be right about
     assert figures["student_activated_parameters"] < figures["student_total_parameters"]
     assert 0.0 < figures["majority_accuracy"] <= figures["question_only_accuracy"] <= 1.0
     assert json.loads((report / "report.json").read_text()).keys() >= {"figures", "machine", "revision"}
@@ -134,6 +155,7 @@ def test_page_figures_and_pictures_agree(config: RunConfig, report: Path) -> Non
     assert f"{figures['majority_accuracy']:.2%}" in page
     assert f"{figures['student_total_parameters']:,.0f}" in page
     assert "`samples/student`" in page
+    assert page.index("## Hallucination: pope") < page.index("## Hallucination: coco")
     assert "equal, largest log-prob difference" in page
     shown = [line.split("(")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
     assert {"accuracy_easy_vqa.png", "accuracy_scenes.png", "training.png", "experts_student.png"} == set(shown)

@@ -1,13 +1,16 @@
 """Verdicts at their edges, and pages that say what the figures say."""
 
 import json
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
 from PIL import Image
 
+from sparsight.data.objects import ObjectVocabulary
 from sparsight.evaluate.agreement import Agreement
 from sparsight.evaluate.answers import Answer
+from sparsight.evaluate.hallucination import hallucination
 from sparsight.evaluate.page import headline_table, render
 from sparsight.evaluate.plots import accuracy_bars, expert_load, training_curves
 from sparsight.evaluate.report import ArtifactRow, Report, verdicts
@@ -27,6 +30,14 @@ def answers(right: int) -> list[Answer]:
     ]
 
 
+def seen(right: int) -> list[Answer]:
+    """100 descriptions of a red circle, the first `right` of them true, and as many questions of two kinds."""
+    said = ["red circle" if number < right else "red circle, blue circle" for number in range(100)]
+    described = [Answer(str(n), str(n), "list", "red circle", text, "description") for n, text in enumerate(said)]
+    present = [Answer(str(n), str(n), "is it?", "yes", "yes", "pope_present") for n in range(100)]
+    return [*described, *present, *(replace(one, reference="no", answer_type="pope_adversarial") for one in present)]
+
+
 def model(name: str, right: int, activated: int) -> ModelResult:
     agreement = None if name == "teacher" else Agreement(kl_nats=0.25, top1=0.9, positions=200)
     return ModelResult(
@@ -37,6 +48,7 @@ def model(name: str, right: int, activated: int) -> ModelResult:
         sets={"easy_vqa": set_result(answers(right), agreement), "scenes": set_result(answers(right - 20), agreement)},
         tokens_per_s={1: 50.0, 32: 400.0 if name == "teacher" else 500.0},
         expert_load={"easy_vqa": shares({0: {"text tokens": [10, 30], "answers: yes_no": [1, 1]}})},
+        hallucination={name: hallucination(seen(right), ObjectVocabulary.scenes()) for name in ("pope", "coco")},
     )
 
 
@@ -80,6 +92,32 @@ def test_figures_have_the_names_that_programs_read(report: Report) -> None:
     assert figure["student_largest_expert_share_layer_0"] == 0.75
     assert figure["student_minus_teacher"] == pytest.approx(-0.02)
     assert figure["student_minus_teacher_low"] < -0.02 < figure["student_minus_teacher_high"]
+
+
+def test_hallucination_is_beside_the_teachers(report: Report) -> None:
+    figure = report.figures
+    assert (figure["teacher_chair_response"], figure["student_chair_response"]) == (0.05, 0.07)
+    assert figure["student_chair_object"] == pytest.approx(7 / 107)
+    assert (figure["student_chair_recall"], figure["student_chair_mentions_per_answer"]) == (1.0, 1.07)
+    assert figure["student_pope_adversarial_f1"] == pytest.approx(2 / 3)
+    assert figure["student_coco_chair_response"] == 0.07
+    page = render(report)
+    for name in ("pope", "coco"):
+        section = page.split(f"## Hallucination: {name}\n")[1].split("\n## ")[0]
+        rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")]
+        assert [row[0] for row in rows[2:5]] == ["| teacher", "| student", "| sft_student"]
+        assert [row[1].split()[0] for row in rows[2:5]] == ["5.00%", "7.00%", "20.00%"]
+        assert [row[:2] for row in rows[-3:]] == [
+            ["| adversarial", "teacher"],
+            ["| adversarial", "student"],
+            ["| adversarial", "sft_student"],
+        ]
+
+
+def test_a_run_without_such_questions_has_no_such_section(report: Report) -> None:
+    models = {name: found.model_copy(update={"hallucination": {}}) for name, found in report.evaluation.models.items()}
+    plain = report.model_copy(update={"evaluation": report.evaluation.model_copy(update={"models": models})})
+    assert "Hallucination" not in render(plain)
 
 
 def test_the_page_says_what_the_figures_say(report: Report) -> None:
