@@ -46,8 +46,19 @@ def section(model: type[BaseModel]) -> str:
 
 
 def row(name: str, field: FieldInfo) -> str:
-    cells = [f"`{name}`", kind(field.annotation), default(field), " ".join((field.description or "").split())]
+    cells = [f"`{name}`", kind(field.annotation), default(field), meaning(name, field)]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def meaning(name: str, field: FieldInfo) -> str:
+    """A field's docstring, or its group's. Raises `ValueError` for a field that has neither."""
+    groups = groups_in(field.annotation)
+    text = field.description or (groups[0].__doc__ if len(groups) == 1 else None)
+    if name == "kind":
+        text = text or "Says which of the groups this is."
+    if not text:
+        raise ValueError(f"the setting '{name}' has no docstring")
+    return " ".join(text.split())
 
 
 def kind(annotation: Any) -> str:

@@ -2,7 +2,7 @@
 
 `load(path, overrides)` reads one flat YAML file, applies `--set a.b=c` overrides and checks everything; unknown
 keys are refused. Only entry points (`pipelines/*`, tests) name `RunConfig`. What a training stage consists of is
-`stages`. Nothing heavy is imported here.
+`stages`, where data come from is `sources`. Nothing heavy is imported here.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,15 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from sparsight.settings import Slice, read_settings
+from sparsight.sources import CocoSource as CocoSource
+from sparsight.sources import DataConfig
+from sparsight.sources import DataSource as DataSource
+from sparsight.sources import EasyVqaSource as EasyVqaSource
+from sparsight.sources import HallucinationConfig as HallucinationConfig
+from sparsight.sources import HuggingFaceSource as HuggingFaceSource
+from sparsight.sources import LlavaSource as LlavaSource
+from sparsight.sources import ScenesSource as ScenesSource
+from sparsight.sources import TrainingSource as TrainingSource
 from sparsight.stages import StageConfig, StudentRun
 from sparsight.stages import TermsConfig as TermsConfig
 from sparsight.stages import TrainableGroup as TrainableGroup
@@ -20,6 +29,8 @@ from sparsight.stages import UpcycleConfig as UpcycleConfig
 
 
 class ResourcesConfig(Slice):
+    """What the stages of a run ask of a Ray cluster."""
+
     num_cpus: int | None = None
     """Logical CPUs of a cluster started here; None takes the machine's, at least 4. Ignored on an existing cluster."""
     label_workers: int = Field(default=2, ge=1)
@@ -38,98 +49,6 @@ class ResourcesConfig(Slice):
     """How long to wait for the cluster to offer what a stage asks for before saying what is missing."""
 
 
-class EasyVqaSource(Slice):
-    kind: Literal["easy_vqa"]
-    path: str | None = None
-    """The package's data folder; None finds the installed `easy-vqa` package."""
-    limit: int | None = None
-    """Keep only the first pictures of each split."""
-
-
-class ScenesSource(Slice):
-    kind: Literal["scenes"]
-    pictures: int = Field(default=1000, ge=1)
-    """Training pictures to draw."""
-    test_pictures: int = Field(default=200, ge=0)
-    """Held-out pictures to draw, from another seed."""
-    max_objects: int = Field(default=4, ge=1, le=6)
-    size_pixels: int = 64
-
-
-class LlavaSource(Slice):
-    kind: Literal["llava"]
-    path: str
-    """The JSON file."""
-    pictures: str
-    """Folder that the records' `image` names are relative to."""
-    test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-
-
-class HuggingFaceSource(Slice):
-    kind: Literal["hugging_face"]
-    path: str
-    """A folder written by `save_to_disk`, or Parquet files of a dataset."""
-    picture_column: str = "image"
-    question_column: str = "question"
-    answer_column: str = "answer"
-    conversation_column: str | None = None
-    """A column in LLaVA form; when set, the question and answer columns are not read."""
-    split: str | None = None
-    test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-
-
-class CocoSource(Slice):
-    """Real pictures with COCO-style annotations, for testing alone: existence questions and descriptions."""
-
-    kind: Literal["coco"]
-    annotations: str
-    """An `instances_*.json`."""
-    pictures: str
-    """Folder that the file names in it are relative to."""
-    captions: str | None = None
-    """The `captions_*.json` of the same pictures; what captions mention is there, too."""
-    description_prompt: str = "Describe the image in detail."
-
-
-TrainingSource = EasyVqaSource | ScenesSource | LlavaSource | HuggingFaceSource
-DataSource = Annotated[TrainingSource | CocoSource, Field(discriminator="kind")]
-
-
-class HallucinationConfig(Slice):
-    """Questions about scenes and COCO pictures that show whether models speak of what is not there (POPE, CHAIR)."""
-
-    questions: int = Field(default=2, ge=1)
-    """Objects of a picture that are asked for, and as many absent ones of each kind: random, popular, adversarial."""
-    pictures: int | None = Field(default=None, ge=0)
-    """At most so many pictures of each source; None takes all, 0 asks nothing."""
-
-
-class DataConfig(Slice):
-    sources: list[DataSource] = Field(min_length=1)
-    turns_per_sample: int = Field(default=8, ge=1)
-    """At most this many questions of one picture in one conversation."""
-    validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the training pictures kept apart for choosing settings; whole pictures, by content hash."""
-    ground_truth_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Share of the student's training pictures whose answers it may see; the others reach it without answers."""
-    hallucination: HallucinationConfig = HallucinationConfig()
-    max_picture_bytes: int = 20_000_000
-    max_picture_pixels: int = 50_000_000
-
-    @property
-    def training_sources(self) -> list[TrainingSource]:
-        """The sources without those for testing alone."""
-        return [source for source in self.sources if not isinstance(source, CocoSource)]
-
-    @model_validator(mode="after")
-    def _check(self) -> "DataConfig":
-        if not self.training_sources:
-            raise ValueError("sources of kind coco are for testing alone: name a source to learn from, too")
-        if len(self.sources) - len(self.training_sources) > 1:
-            raise ValueError("more than one source of kind coco: their annotation files name other objects")
-        return self
-
-
 class TextBaseConfig(Slice):
     """Language weights that a text model starts from: a real one's, all its layers or some of them."""
 
@@ -144,26 +63,37 @@ class ArchitectureConfig(Slice):
     """Sizes of a stock LLaVA-OneVision model with a new SigLIP tower, and a new Qwen3 text model or a real one."""
 
     picture_pixels: int = 64
+    """Side of the square that pictures are resized to."""
     patch_pixels: int = 8
+    """Side of one patch of the tower."""
     pixel_mean: float = 0.5
     """Subtracted from colour values in [0, 1] before the tower."""
     pixel_std: float = Field(default=0.5, gt=0.0)
     """Divides them afterwards."""
     tower_width: int = 128
+    """Width of the tower's hidden states."""
     tower_layers: int = 2
+    """Layers of the tower."""
     tower_heads: int = 4
+    """Attention heads of the tower."""
     text_base: TextBaseConfig | None = Field(default=None, exclude_if=lambda base: base is None)
     """Start the text model from real weights. The tokenizer and all sizes below are then theirs."""
     text_width: int = 128
+    """Width of the text model's hidden states."""
     text_layers: int = 4
+    """Layers of the text model."""
     text_heads: int = 4
+    """Query heads of the text model."""
     text_key_value_heads: int = 2
+    """Key and value heads, each shared by as many query heads."""
     head_width: int = Field(default=32, ge=32)
     """Width of one attention head; vLLM's CPU kernels need 32 or more."""
     text_intermediate: int = 384
+    """Inner width of the feed-forward networks."""
     initializer_range: float = Field(default=0.02, gt=0.0)
     """Standard deviation of the text model's random weights."""
     max_positions: int = 8192
+    """Longest sequence, visual tokens included."""
 
     @model_validator(mode="after")
     def _check(self) -> "ArchitectureConfig":
@@ -179,8 +109,11 @@ class TowerStageConfig(Slice):
     """Training of a new tower to name shapes and colours, on the training pictures and drawn scenes."""
 
     steps: int = Field(default=600, ge=1)
+    """Optimiser steps."""
     batch_pictures: int = Field(default=64, ge=1)
+    """Pictures of one step."""
     learning_rate: float = 1e-3
+    """Its peak; it falls along a cosine."""
     drawn_pictures: int = Field(default=4000, ge=1)
     """Scenes drawn for patch-level supervision."""
 
@@ -194,6 +127,7 @@ class TinyTeacherConfig(Slice):
     """Tokens of the tokenizer that is made from the training text; a text base brings its own."""
     tower: TowerStageConfig = TowerStageConfig()
     stages: list[StageConfig] = Field(min_length=1)
+    """Training of projector and text model after the tower, each stage starting where the one before ended."""
 
 
 class HuggingFaceTeacherConfig(Slice):
@@ -201,7 +135,9 @@ class HuggingFaceTeacherConfig(Slice):
 
     kind: Literal["hugging_face"]
     path: str
+    """The model directory: a folder or an s3:// prefix."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of its weights in memory; auto takes the checkpoint's own."""
     attention: str | None = None
     """transformers' `attn_implementation`; None lets transformers choose."""
 
@@ -210,14 +146,18 @@ TeacherConfig = Annotated[TinyTeacherConfig | HuggingFaceTeacherConfig, Field(di
 
 
 class LabelConfig(Slice):
+    """What is stored of the teacher's distributions, and how rows travel."""
+
     head: int = Field(default=12, ge=1)
     """Exact most probable tokens kept a position."""
     tail_samples: int = Field(default=8, ge=0)
     """Draws from the remaining mass a position."""
     batch_samples: int = Field(default=32, ge=1)
+    """Samples of one forward pass."""
     max_answer_tokens: int = Field(default=16, ge=1)
     """Longest answer that the teacher writes where none is given."""
     rows_per_file: int = Field(default=512, ge=1)
+    """Rows of one Parquet file; what a killed run has written stays file by file."""
 
 
 class PairsConfig(Slice):
@@ -240,9 +180,11 @@ class PairsConfig(Slice):
     include_truth: bool = False
     """Let the sample's own answer compete, where it has one."""
     temperature: float = Field(default=1.0, gt=0.0)
+    """Of the drawn answers; lower is closer to the greedy one."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Draw from the smallest set of tokens with this much probability."""
     max_answer_tokens: int = Field(default=32, ge=1)
+    """Longest answer that is drawn."""
     judge: Literal["truth", "likelihood", "model"] = "truth"
     """`truth` compares with the sample's answer (1 is right), `likelihood` takes the teacher's log-prob a token (nats),
     `model` asks a model for a mark from 1 to 10."""
@@ -253,6 +195,7 @@ class PairsConfig(Slice):
     batch_prompts: int = Field(default=16, ge=1)
     """Questions answered together; each counts once for every candidate."""
     rows_per_file: int = Field(default=512, ge=1)
+    """Rows of one Parquet file."""
 
     @model_validator(mode="after")
     def _check(self) -> "PairsConfig":
@@ -274,6 +217,8 @@ class StudentConfig(Slice):
 
 
 class DistillConfig(Slice):
+    """The students of a run, and what all their stages share."""
+
     students: list[StudentRun] = Field(min_length=1)
     """The first is exported and served; the others are comparisons."""
     precompute_features: bool = True
@@ -290,8 +235,12 @@ class DistillConfig(Slice):
 
 
 class EvaluateConfig(Slice):
+    """How models sit the test sets."""
+
     batch_samples: int = Field(default=64, ge=1)
+    """Questions answered together."""
     max_answer_tokens: int = Field(default=16, ge=1)
+    """Longest answer."""
     limit: int | None = None
     """Evaluate only the first questions of each test set."""
 
@@ -306,10 +255,13 @@ class StreamConfig(Slice):
     recent_blocks: int = Field(default=2, ge=0)
     """Of these, how many are always the newest."""
     score: Literal["cosine", "dot"] = "cosine"
+    """How a question's queries are compared with a block's mean keys."""
     max_stream_bytes: int = 1_000_000_000
     """Bytes of blocks that one stream may keep."""
     max_streams: int = Field(default=64, ge=1)
+    """Streams that are open at a time; more are refused."""
     max_frames_per_request: int = Field(default=64, ge=1)
+    """Frames that one request may bring."""
 
     @model_validator(mode="after")
     def _check(self) -> "StreamConfig":
@@ -319,15 +271,24 @@ class StreamConfig(Slice):
 
 
 class ServeConfig(Slice):
+    """Where the service listens, and what requests may ask of it."""
+
     host: str = "127.0.0.1"
+    """The address to listen at; 0.0.0.0 is every one of the machine."""
     port: int = Field(default=8000, ge=1, le=65535)
+    """The port to listen at."""
     max_body_bytes: int = 20_000_000
+    """Largest request body; a larger one is refused with 413 while it arrives."""
     max_picture_bytes: int = 10_000_000
+    """Largest encoded picture of a request."""
     max_picture_pixels: int = 50_000_000
+    """Largest width × height of a picture."""
     allowed_picture_hosts: list[str] = Field(default=[])
     """Hosts whose http(s) pictures may be fetched; empty fetches nothing and takes data: URIs only."""
     max_answer_tokens: int = Field(default=256, ge=1)
+    """Longest answer; a request may ask for less."""
     batch_requests: int = Field(default=16, ge=1)
+    """Chats that are decoded together."""
     batch_wait_s: float = Field(default=0.01, ge=0.0)
     """How long the first request of a batch waits for others."""
     max_queued_requests: int = Field(default=64, ge=0)
@@ -337,6 +298,7 @@ class ServeConfig(Slice):
     max_pictures: int = Field(default=16, ge=1)
     """Pictures of one chat request."""
     threads: int = Field(default=1, ge=1)
+    """CPU threads of one replica."""
     stream: StreamConfig = StreamConfig()
 
 
@@ -346,9 +308,11 @@ class RunConfig(Slice):
     run_dir: str
     """Where artefacts go: a local folder or s3://bucket/prefix."""
     seed: int = 0
+    """Start of every random choice: equal seeds and settings give equal samples and weights."""
     resources: ResourcesConfig = ResourcesConfig()
     data: DataConfig
     teacher: TeacherConfig
+    """Made on this machine, or any transformers model."""
     label: LabelConfig = LabelConfig()
     pairs: PairsConfig = PairsConfig()
     student: StudentConfig = StudentConfig()

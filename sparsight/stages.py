@@ -19,8 +19,12 @@ def _unless(unset: object) -> Callable[[Any], bool]:
 
 
 class UpcycleConfig(Slice):
+    """How a dense text model becomes its sparse twin, with equal logits at first."""
+
     experts: int = Field(default=4, ge=2)
+    """Copies of a layer's feed-forward network."""
     active_experts: int = Field(default=2, ge=1)
+    """How many of them a token goes through."""
     layers: Literal["every_second", "first_half", "second_half", "all"] | list[int] = "every_second"
     """Which text layers become sparse; every_second starts at layer 0, as LLaVA-MoD does."""
 
@@ -54,6 +58,7 @@ class PreferenceConfig(Slice):
     """How a student is brought to prefer the chosen answers; the formulas are in docs/numerics.md."""
 
     loss: Literal["dpo", "kto_pair"] = "kto_pair"
+    """`dpo` compares the two answers of a pair, `kto_pair` each with the batch's mean change of the other kind."""
     beta: float = Field(default=0.1, gt=0.0)
     """How much of a change in log-prob counts as a change in preference."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
@@ -76,6 +81,7 @@ class StageConfig(Slice):
     """One training stage: what it reads, what may change, what it minimises, and for how long."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
+    """Names its folder under the student's or teacher's."""
     rows: Literal["all", "ground_truth", "pairs"] = "all"
     """All training rows, or only those whose answers are ground truth, or the student's preference pairs."""
     share: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -92,16 +98,23 @@ class StageConfig(Slice):
     tail: Literal["sampled", "bucket"] = "sampled"
     """How the mass outside the exact head is used: unbiased sampled tail, or one bucket (biased, no variance)."""
     epochs: float | None = Field(default=None, gt=0.0)
+    """Passes over the stage's rows; need not be whole."""
     steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; give this or `epochs`."""
     batch_samples: int = Field(default=32, ge=1)
     """Samples of one optimiser step, over all workers."""
     learning_rate: float = Field(default=1e-3, gt=0.0)
+    """Its peak: it rises linearly and falls along a cosine."""
     warmup_fraction: float = Field(default=0.03, ge=0.0, le=1.0)
+    """Share of the steps in which it rises."""
     weight_decay: float = 0.0
+    """AdamW's, on weight matrices; not on norms and biases."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's decay rates of the gradient's mean and of its square."""
     clip_norm: float = 1.0
+    """Longest gradient; a longer one is scaled down."""
     checkpoint_every_steps: int = Field(default=200, ge=1)
+    """Steps that a killed worker costs at most."""
 
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
@@ -130,6 +143,7 @@ class StudentRun(Slice):
     """One student: its name and its stages, each starting where the one before ended."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
+    """Names its folder under `students/`, and its figures in the report."""
     start: str | None = Field(default=None, pattern=r"^[a-z0-9_]+/[a-z0-9_]+$", exclude_if=_unless(None))
     """Begin where a stage of a student listed before ended, as `student/stage`; None begins with a new student."""
     text_intermediate: int | None = Field(default=None, ge=1, exclude_if=_unless(None))

@@ -12,7 +12,7 @@ ROOMS = ("sparsight", "actors", "pipelines", "serve_apps", "examples", "benchmar
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"settings", "presets"}),
-    frozenset({"stages"}),
+    frozenset({"stages", "sources"}),
     frozenset({"config", "records"}),
     frozenset({"storage", "observe"}),
     frozenset({"artifacts", "media"}),

@@ -1,0 +1,124 @@
+"""Settings of the data: where pictures and questions come from, and how they are dealt out to the stages.
+
+Settings only; the importers are in `sparsight.data`. Part of `config`, which gives them on.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sparsight.settings import Slice
+
+
+class EasyVqaSource(Slice):
+    """The easy-VQA benchmark: one coloured shape a picture, official training and test split."""
+
+    kind: Literal["easy_vqa"]
+    path: str | None = None
+    """The package's data folder; None finds the installed `easy-vqa` package."""
+    limit: int | None = None
+    """Keep only the first pictures of each split."""
+
+
+class ScenesSource(Slice):
+    """Drawn scenes of several coloured shapes, whose answers are exactly known."""
+
+    kind: Literal["scenes"]
+    pictures: int = Field(default=1000, ge=1)
+    """Training pictures to draw."""
+    test_pictures: int = Field(default=200, ge=0)
+    """Held-out pictures to draw, from another seed."""
+    max_objects: int = Field(default=4, ge=1, le=6)
+    """Most shapes in one picture."""
+    size_pixels: int = 64
+    """Side of the square pictures."""
+
+
+class LlavaSource(Slice):
+    """Records in LLaVA form, beside a folder of pictures."""
+
+    kind: Literal["llava"]
+    path: str
+    """The JSON file."""
+    pictures: str
+    """Folder that the records' `image` names are relative to."""
+    test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the pictures held out as a test set; whole pictures, by content hash."""
+
+
+class HuggingFaceSource(Slice):
+    """A dataset as Hugging Face `datasets` saves it, pictures inside."""
+
+    kind: Literal["hugging_face"]
+    path: str
+    """A folder written by `save_to_disk`, or Parquet files of a dataset."""
+    picture_column: str = "image"
+    """The column of pictures."""
+    question_column: str = "question"
+    """The column of questions: a text or a list of texts."""
+    answer_column: str = "answer"
+    """The column of answers, as many as there are questions."""
+    conversation_column: str | None = None
+    """A column in LLaVA form; when set, the question and answer columns are not read."""
+    split: str | None = None
+    """The split of a dataset that has several."""
+    test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the pictures held out as a test set; whole pictures, by content hash."""
+
+
+class CocoSource(Slice):
+    """Real pictures with COCO-style annotations, for testing alone: existence questions and descriptions."""
+
+    kind: Literal["coco"]
+    annotations: str
+    """An `instances_*.json`."""
+    pictures: str
+    """Folder that the file names in it are relative to."""
+    captions: str | None = None
+    """The `captions_*.json` of the same pictures; what captions mention is there, too."""
+    description_prompt: str = "Describe the image in detail."
+    """What models are asked where a picture is to be described."""
+
+
+TrainingSource = EasyVqaSource | ScenesSource | LlavaSource | HuggingFaceSource
+DataSource = Annotated[TrainingSource | CocoSource, Field(discriminator="kind")]
+
+
+class HallucinationConfig(Slice):
+    """Questions about scenes and COCO pictures that show whether models speak of what is not there (POPE, CHAIR)."""
+
+    questions: int = Field(default=2, ge=1)
+    """Objects of a picture that are asked for, and as many absent ones of each kind: random, popular, adversarial."""
+    pictures: int | None = Field(default=None, ge=0)
+    """At most so many pictures of each source; None takes all, 0 asks nothing."""
+
+
+class DataConfig(Slice):
+    """Where pictures and questions come from, and how they are dealt out."""
+
+    sources: list[DataSource] = Field(min_length=1)
+    """What is read, one after another."""
+    turns_per_sample: int = Field(default=8, ge=1)
+    """At most this many questions of one picture in one conversation."""
+    validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the training pictures kept apart for choosing settings; whole pictures, by content hash."""
+    ground_truth_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the student's training pictures whose answers it may see; the others reach it without answers."""
+    hallucination: HallucinationConfig = HallucinationConfig()
+    max_picture_bytes: int = 20_000_000
+    """Largest encoded picture that is opened; rows with larger ones are quarantined."""
+    max_picture_pixels: int = 50_000_000
+    """Largest width × height that is opened."""
+
+    @property
+    def training_sources(self) -> list[TrainingSource]:
+        """The sources without those for testing alone."""
+        return [source for source in self.sources if not isinstance(source, CocoSource)]
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if not self.training_sources:
+            raise ValueError("sources of kind coco are for testing alone: name a source to learn from, too")
+        if len(self.sources) - len(self.training_sources) > 1:
+            raise ValueError("more than one source of kind coco: their annotation files name other objects")
+        return self
