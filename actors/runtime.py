@@ -4,6 +4,7 @@
 with the process. Called by the entry points of `pipelines` and `serve_apps`, never by a library.
 """
 
+import logging
 import os
 
 import ray
@@ -29,4 +30,6 @@ def connect(num_cpus: int | None = None) -> None:
             ) from error
         return
     cpus = num_cpus or max(4, os.cpu_count() or 1)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+    )

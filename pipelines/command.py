@@ -32,6 +32,7 @@ def run_command(
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and plan, then stop")
     arguments = parser.parse_args(argv)
+    _quiet_bars()
     try:
         config = load(arguments.config, arguments.overrides)
         if arguments.dry_run:
@@ -50,3 +51,11 @@ def run_command(
         print(f"error: {one_line(mendable)}", file=sys.stderr)
         return USER_ERROR
     return 0
+
+
+def _quiet_bars() -> None:
+    """The bars of a library that loads models follow the rule of ours: none where standard error is no terminal."""
+    if not sys.stderr.isatty() and "transformers" in sys.modules:  # the stage that needs no model does not wait for it
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
