@@ -9,6 +9,7 @@ from sparsight.evaluate.agreement import Agreement
 from sparsight.evaluate.answers import Answer, ExpertCounts
 from sparsight.evaluate.hallucination import Hallucination, hallucination_figures
 from sparsight.evaluate.scores import Baselines, Difference, Share, answer_types, difference, score, share
+from sparsight.model.routing import load_entropy
 
 TEACHER, STUDENT = "teacher", "student"
 
@@ -148,4 +149,7 @@ def _model_figures(name: str, model: ModelResult, evaluation: Evaluation) -> dic
         found |= hallucination_figures(f"{name}_{test_set}" if index else name, shown)
     for layer, groups in model.expert_load.get(evaluation.headline_set, {}).items():
         found[f"{name}_largest_expert_share_layer_{layer}"] = max(max(load) for load in groups.values())
+        for group, load in groups.items():
+            words = group.replace(": ", "_").replace(" ", "_")
+            found[f"{name}_expert_entropy_layer_{layer}_{words}"] = load_entropy(load)
     return found

@@ -1,6 +1,7 @@
 """Verdicts at their edges, and pages that say what the figures say."""
 
 import json
+import math
 from dataclasses import replace
 from io import BytesIO
 
@@ -90,6 +91,8 @@ def test_figures_have_the_names_that_programs_read(report: Report) -> None:
     assert (figure["student_scenes_accuracy"], figure["student_kl_nats"]) == (0.73, 0.25)
     assert (figure["student_speed_vs_teacher_batch_1"], figure["student_speed_vs_teacher_batch_32"]) == (1.0, 1.25)
     assert figure["student_largest_expert_share_layer_0"] == 0.75
+    assert figure["student_expert_entropy_layer_0_text_tokens"] == pytest.approx(2 - 0.75 * math.log2(3))
+    assert figure["student_expert_entropy_layer_0_answers_yes_no"] == pytest.approx(1.0)
     assert figure["student_minus_teacher"] == pytest.approx(-0.02)
     assert figure["student_minus_teacher_low"] < -0.02 < figure["student_minus_teacher_high"]
 
