@@ -3,6 +3,7 @@
 Shared by the tests of distillation, on a cluster and without one.
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,25 +37,35 @@ def configuration(run_dir: str, stage: Mapping[str, Any], **student: Any) -> Run
     )
 
 
-def write_inputs(folder: Path) -> None:
+def write_inputs(run_dir: str) -> None:
     """Finished samples, teacher and signals."""
-    run = RunDirectory(str(folder))
-    rows = samples(ROWS)
-    artifact = run.artifact("samples/student", "samples", SAMPLES_VERSION, {})
-    artifact.begin()
-    write_samples(artifact.storage, rows)
-    artifact.commit()
-    teacher = make_dense(SMALL, make_tokenizer([*WORDS, "what is in the image?"] * 20, VOCABULARY), seed=0)
-    artifact = run.artifact("teacher", "model", 1, {})
-    artifact.begin()
-    teacher.save(folder / "teacher" / "model")
-    artifact.commit()
-    artifact = run.artifact("signals", "signals", SIGNALS_VERSION, {})
+    teacher, rows = write_teacher(run_dir), write_student_samples(run_dir)
+    artifact = RunDirectory(run_dir).artifact("signals", "signals", SIGNALS_VERSION, {})
     artifact.begin()
     signals = [signal_of(teacher, row, seed) for seed, row in enumerate(rows)]
     artifact.storage.write_bytes("part-0.parquet", encode_signals(signal_rows(labelled_table(signals))))
     fingerprint = teacher.chat.tokenizer_fingerprint
     artifact.commit(details={"tokenizer_fingerprint": fingerprint, "vocabulary": VOCABULARY, "tail_samples": 3})
+
+
+def write_student_samples(run_dir: str) -> list[Sample]:
+    rows = samples(ROWS)
+    artifact = RunDirectory(run_dir).artifact("samples/student", "samples", SAMPLES_VERSION, {})
+    artifact.begin()
+    write_samples(artifact.storage, rows)
+    artifact.commit()
+    return rows
+
+
+def write_teacher(run_dir: str) -> VisionLanguageModel:
+    teacher = make_dense(SMALL, make_tokenizer([*WORDS, "what is in the image?"] * 20, VOCABULARY), seed=0)
+    artifact = RunDirectory(run_dir).artifact("teacher", "model", 1, {})
+    artifact.begin()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher.save(folder)
+        artifact.storage.publish(Path(folder), "model")
+    artifact.commit()
+    return teacher
 
 
 def signal_of(teacher: VisionLanguageModel, sample: Sample, seed: int) -> TeacherSignal:

@@ -120,7 +120,7 @@ def test_a_stage_before_its_inputs(
 
 def labelled(folder: Path, **student: Any) -> str:
     """A labelled run and its configuration file."""
-    write_inputs(folder / "run")
+    write_inputs(str(folder / "run"))
     (folder / "run.yaml").write_text(dump(configuration(str(folder / "run"), STAGE, **student)))
     return str(folder / "run.yaml")
 
