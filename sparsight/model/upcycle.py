@@ -15,6 +15,7 @@ from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
 
 from sparsight.config import UpcycleConfig
 from sparsight.errors import ConfigError
+from sparsight.model.experts import use_experts
 from sparsight.model.vision_language import VisionLanguageModel
 
 SPARSE_TWINS = {"qwen3": "qwen3_moe", "qwen2": "qwen2_moe", "llama": "mixtral"}
@@ -58,6 +59,7 @@ def upcycle(dense: VisionLanguageModel, settings: UpcycleConfig, seed: int) -> V
         for name, target in model.state_dict().items():
             target.copy_(_source(name, target, weights, settings.experts))
     model = model.to(dense.device, dense.model.dtype).eval()
+    use_experts(model)
     model.generation_config = copy.deepcopy(dense.model.generation_config)
     return VisionLanguageModel(model, dense.chat, dense.pixels)
 

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 from sparsight.errors import CheckpointError
 from sparsight.media.chat import ChatEncoder
 from sparsight.media.pixels import PixelSettings
+from sparsight.model.experts import use_experts
 from sparsight.model.packing import Packing
 from sparsight.model.processor import write_processor
 
@@ -44,18 +45,22 @@ class VisionLanguageModel:
         experts: str | None = None,
         device: str = "cpu",
     ) -> "VisionLanguageModel":
-        """Read a checkpoint directory. Raises `CheckpointError` if it is not a complete LLaVA-OneVision model."""
+        """Read a checkpoint directory. Raises `CheckpointError` if it is not a complete LLaVA-OneVision model.
+
+        `experts` is transformers' `experts_implementation`; None takes `sorted_experts` (module `experts`), which on
+        other devices than a CPU is transformers' own `grouped_mm`.
+        """
         directory = Path(directory)
         if not (directory / "config.json").exists():
             raise CheckpointError(f"'{directory}' holds no model (config.json is missing)")
-        kernels: dict[str, Any] = {"experts_implementation": experts} if experts else {}
         try:
             with warnings.catch_warnings():
                 # Qwen2-MoE's shared expert of width 0
                 warnings.filterwarnings("ignore", "Initializing zero-element tensors")
                 loaded: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(
-                    directory, dtype=dtype, attn_implementation=attention, output_loading_info=True, **kernels
+                    directory, dtype=dtype, attn_implementation=attention, output_loading_info=True
                 )
+            use_experts(loaded[0], experts)
             tokenizer = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"cannot load a LLaVA-OneVision model from '{directory}': {error}") from error

@@ -1,0 +1,197 @@
+"""What a sparse layer's step costs: beside a dense layer of equal activated FLOPs, and beside loops over its experts.
+
+The layers are those of an up-cycled student: transformers' stock sparse block (router and experts, `grouped_mm`) and
+stock dense FFN, width 576, float32; a step is forward and backward, with gradients of weights and input. An expert
+is 1536 wide, SmolLM2-135M's FFN. `loop` is transformers' `eager`: expert by expert, the tokens of its mask are
+gathered. `masked_loop` is the naive one: every expert computes all tokens and its mask zeroes what it was not given.
+
+The limit is arithmetic. A step does 18 · tokens · active experts · width · expert width FLOPs; `gemms_…` is the time
+of the bare matrix products over that of a layer, and all that any implementation could reach. What is left is moved
+bytes: two gathers and two scatters of [tokens · active, width], the activations, and the gradients of more weights. On
+a CPU a call costs nothing beside a product of hundreds of rows, so a loop that gathers is as near the limit as grouped
+products are; what those save is the launches of a GPU. The masked loop does experts / active times the FLOPs.
+
+All steps take turns, in an order that rotates; figures are medians of the rounds' ratios. On one thread time is CPU
+time, which leaves out what other programs take; figures with `two_threads` are wall time. Run as
+`python -m benchmarks.moe --json FILE`.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.result import write_result
+from sparsight.config import ArchitectureConfig, UpcycleConfig
+from sparsight.model.experts import use_experts
+from sparsight.model.tiny import make_dense, make_tokenizer
+from sparsight.model.upcycle import upcycle
+
+TOKENS, WIDTH, EXPERT_WIDTH, ACTIVE = 4096, 576, 1536, 2
+FEW, MANY = 4, 8
+"""Experts beside the dense layer, and beside the loops."""
+
+Step = Callable[[], object]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--expert-width", type=int, default=EXPERT_WIDTH)
+    arguments = parser.parse_args(argv)
+    steps = contenders(arguments.tokens, arguments.expert_width)
+    times = time_steps(steps, arguments.rounds, threads=1)
+    found = ratios(times)
+    found["sparse_step_ms"] = 1e3 * statistics.median(times["sparse"])
+    found["dense_step_ms"] = 1e3 * statistics.median(times["dense"])
+    flops = 18 * arguments.tokens * ACTIVE * WIDTH * arguments.expert_width
+    found["gemms_gflop_per_s"] = 1e-9 * flops / statistics.median(times["gemms_many"])
+    if len(os.sched_getaffinity(0)) > 1:
+        both = ratios(time_steps(steps, arguments.rounds, threads=2))
+        found |= {f"{name}_two_threads": ratio for name, ratio in both.items()}
+    sizes = {"tokens": arguments.tokens, "width": WIDTH, "expert_width": arguments.expert_width}
+    write_result(arguments.json, found | sizes)
+    return 0
+
+
+def ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Medians over rounds of one step's time over another's."""
+    pairs = {
+        "sparse_vs_dense_step": ("sparse", "dense"),
+        "grouped_vs_loop": ("grouped", "loop"),
+        "grouped_vs_masked_loop": ("grouped", "masked_loop"),
+        "gemms_vs_dense_step": ("gemms_few", "dense"),
+        "gemms_vs_loop": ("gemms_many", "loop"),
+        "gemms_vs_grouped": ("gemms_many", "grouped"),
+    }
+    return {
+        name: statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+        for name, (one, other) in pairs.items()
+    }
+
+
+def contenders(tokens: int, expert_width: int) -> dict[str, Step]:
+    """Every step that is timed, on the same input."""
+    x_BTD = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(0))
+    few, many, loop = (
+        sparse_layer(experts, expert_width, implementation)
+        for experts, implementation in ((FEW, None), (MANY, None), (MANY, "eager"))
+    )
+    return {
+        "sparse": step_of(few, x_BTD),
+        "dense": step_of(dense_layer(expert_width * ACTIVE), x_BTD),
+        "grouped": step_of(many, x_BTD),
+        "loop": step_of(loop, x_BTD),
+        "masked_loop": step_of(MaskedLoop(many), x_BTD),
+        "gemms_few": bare_products(few, x_BTD),
+        "gemms_many": bare_products(many, x_BTD),
+    }
+
+
+def dense_layer(ffn_width: int) -> nn.Module:
+    return text_layer(model(ffn_width))
+
+
+def sparse_layer(experts: int, expert_width: int, implementation: str | None) -> nn.Module:
+    """As students have it, or by another of transformers' implementations."""
+    settings = UpcycleConfig(experts=experts, active_experts=ACTIVE, layers=[0])
+    student = upcycle(model(expert_width), settings, seed=0)
+    use_experts(student.model, implementation)
+    return text_layer(student)
+
+
+def model(ffn_width: int) -> Any:
+    tokenizer = make_tokenizer(["is there a circle in the picture?"], 300)
+    architecture = ArchitectureConfig(tower_layers=1, text_layers=1, text_width=WIDTH, text_intermediate=ffn_width)
+    return make_dense(architecture, tokenizer, seed=0)
+
+
+def text_layer(student: Any) -> nn.Module:
+    return student.text_model.layers[0].mlp
+
+
+class MaskedLoop(nn.Module):
+    """The naive loop over a sparse block's experts: each computes all tokens."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_TD = x_BTD.flatten(0, 1)
+        _, weights_TA, chosen_TA = self.block.gate(x_TD)
+        experts = self.block.experts
+        out_TD = torch.zeros_like(x_TD)
+        for expert in range(experts.num_experts):
+            gate_TI, up_TI = functional.linear(x_TD, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            answer_TD = functional.linear(experts.act_fn(gate_TI) * up_TI, experts.down_proj[expert])
+            mask_TA = chosen_TA == expert
+            out_TD = out_TD + answer_TD * (weights_TA * mask_TA).sum(dim=-1, keepdim=True)
+        return out_TD.view_as(x_BTD)
+
+
+def step_of(layer: nn.Module, x_BTD: torch.Tensor) -> Step:
+    """Forward and backward; gradients are made anew, as an optimiser that sets them to None leaves it."""
+    x_BTD = x_BTD.clone().requires_grad_()
+    grad_BTD = torch.ones_like(x_BTD)
+
+    def step() -> None:
+        layer.zero_grad(set_to_none=True)
+        x_BTD.grad = None
+        layer(x_BTD).backward(grad_BTD)
+
+    return step
+
+
+def bare_products(layer: Any, x_BTD: torch.Tensor) -> Step:
+    """The six matrix products of each expert's step on tokens that lie ready, into tensors that lie ready."""
+    experts = layer.experts
+    _, _, chosen_TA = layer.gate(x_BTD.flatten(0, 1))
+    rows_E = torch.bincount(chosen_TA.flatten(), minlength=experts.num_experts).tolist()
+    first_EHD, second_EDI = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    H, D = first_EHD.shape[1:]
+    n = max(rows_E)
+    x_nD, inner_nH, hidden_nI = torch.randn(n, D), torch.randn(n, H), torch.randn(n, H // 2)
+    grad_HD, grad_DI = torch.empty(H, D), torch.empty(D, H // 2)
+
+    def step() -> None:
+        for expert, rows in enumerate(rows_E):
+            x, inner, hidden = x_nD[:rows], inner_nH[:rows], hidden_nI[:rows]
+            torch.mm(x, first_EHD[expert].T, out=inner)
+            torch.mm(hidden, second_EDI[expert].T, out=x)
+            torch.mm(x, second_EDI[expert], out=hidden)
+            torch.mm(x.T, hidden, out=grad_DI)
+            torch.mm(inner.T, x, out=grad_HD)
+            torch.mm(inner, first_EHD[expert], out=x)
+
+    return step
+
+
+def time_steps(steps: Mapping[str, Step], rounds: int, threads: int) -> dict[str, list[float]]:
+    """Seconds of every step in every round; one round before does not count."""
+    torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            start_s = clock()
+            steps[name]()
+            if number:
+                times[name].append(clock() - start_s)
+    return times
+
+
+if __name__ == "__main__":
+    sys.exit(main())
