@@ -199,19 +199,24 @@ class S3Storage:
 
     def _objects(self, prefix: str) -> Iterator[tuple[str, str]]:
         """Key and entity tag (it changes with the content) of all objects under a folder-like prefix, sorted."""
-        folder = self._key(prefix)
         skip = len(self.prefix) + 1 if self.prefix else 0
+        for item in self._listed(prefix):
+            if not item["Key"].endswith("/"):  # what pyarrow leaves where it was asked for a folder
+                yield item["Key"][skip:], item["ETag"]
+
+    def _listed(self, prefix: str) -> Iterator[dict[str, Any]]:
+        folder = self._key(prefix)
         with self._reported("list", prefix):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
             for page in pages:
                 for item in page.get("Contents", []):
                     if not folder or item["Key"] == folder or item["Key"].startswith(folder + "/"):
-                        yield item["Key"][skip:], item["ETag"]
+                        yield item
 
     def delete(self, prefix: str) -> None:
-        for key in list(self.keys(prefix)):
-            with self._reported("delete", key):
-                self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+        for item in list(self._listed(prefix)):
+            with self._reported("delete", prefix):
+                self.client.delete_object(Bucket=self.bucket, Key=item["Key"])
 
     def child(self, key: str) -> "S3Storage":
         return S3Storage(self.bucket, self._key(key))

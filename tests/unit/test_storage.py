@@ -101,6 +101,17 @@ def test_copies_go_when_their_process_does(new_bucket: Callable[[], str]) -> Non
     assert not Path(done.stdout.strip()).parent.exists()
 
 
+def test_folders_that_others_made_are_no_objects_and_can_be_deleted(storage_uri: str) -> None:
+    storage = open_storage(storage_uri)
+    filesystem, path = storage.arrow("run/checkpoints")
+    filesystem.create_dir(f"{path}/one")
+    storage.write_bytes("run/model", b"1")
+    assert list(storage.keys("run")) == ["run/model"]
+    storage.delete("run/checkpoints")
+    assert not storage.exists("run/checkpoints")
+    assert storage.exists("run/model")
+
+
 def test_arrow_reads_what_was_written(storage_uri: str) -> None:
     storage = open_storage(storage_uri)
     storage.write_bytes("data/x.bin", b"payload")
