@@ -112,7 +112,7 @@ def run(application: Application, config: ServeConfig) -> None:
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
         serve.run(application, name=APPLICATION, route_prefix="/")
     except (RayError, RuntimeError, TimeoutError) as error:
-        last = str(error).strip().splitlines()[-1:]  # what comes before is a remote traceback
+        last = [line.rstrip(". ") for line in str(error).strip().splitlines()[-1:]]  # above it is a remote traceback
         raise SparsightError(
             f"the service did not start at {config.host}:{config.port}: {''.join(last)}; Ray Serve's logs say more"
         ) from error
