@@ -1,7 +1,15 @@
-"""Finding the processes that a test's own cluster started, so that one of them can be killed."""
+"""Processes that a test's own cluster started: finding them, to kill one, and waiting for what they bring about."""
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+DEADLINE_S = 120.0
+POLL_S = 0.02
 
 
 def children_named(name: str, root: int | None = None) -> list[int]:
@@ -31,3 +39,19 @@ def alive(process: int) -> bool:
         return (Path("/proc") / str(process) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def wait_until(condition: Callable[[], Value], what: str, working: Callable[[], object] = lambda: True) -> Value:
+    """The condition's value as soon as it is true.
+
+    Fails after `DEADLINE_S`, and at once when `working` says that what should bring it about has ended.
+    """
+    deadline_s = time.monotonic() + DEADLINE_S
+    while True:
+        going = working()  # asked first: what ends just after bringing it about has still done so
+        value = condition()
+        if value:
+            return value
+        assert going, f"ended before {what}"
+        assert time.monotonic() < deadline_s, f"{what}: not within {DEADLINE_S:g} s"
+        time.sleep(POLL_S)

@@ -5,9 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,16 @@ from sparsight.media.images import encode_png
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.records import Sample, TeacherSignal, Turn
 from tests.quarantine import read_quarantine
+from tests.ray.processes import DEADLINE_S, children_named, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
+WORKER = "ray::MapWorker(MapBatches(TeacherWorker))"
+ANSWERED = 20
 QUESTIONS = ("what colour is the shape?", "is there a circle?", "how many squares are there?", "which shape is it?")
 ARCHITECTURE = ArchitectureConfig(
     picture_pixels=32, tower_width=32, tower_layers=1, tower_heads=2, text_width=64, text_layers=2, text_heads=2
 )
-DEADLINE_S = 240.0
 
 
 def run_config(run_dir: Path, workers: int = 1, **label_settings: Any) -> RunConfig:
@@ -113,42 +114,15 @@ def assert_same_rows(run_dir: Path, whole_run: Path) -> None:
         np.testing.assert_allclose(row.targets.tail_mass_n, whole.targets.tail_mass_n, atol=2e-3)
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what} did not happen in {DEADLINE_S} s"
-        time.sleep(0.02)
-
-
 def written_files(run_dir: Path) -> int:
     return len(list((run_dir / "signals").glob("part-*.parquet")))
 
 
-def children_named(name: str) -> list[int]:
-    """Process ids under this one whose command line starts with a name."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                names[int(folder.name)] = (folder / "cmdline").read_text()
-            except OSError:
-                continue  # it ended meanwhile
-
-    def below(process: int) -> bool:
-        while process in parents and process != os.getpid():
-            process = parents[process]
-        return process == os.getpid()
-
-    return [process for process, command in names.items() if command.startswith(name) and below(process)]
-
-
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
-    """A finished run over forty answered rows, one that cannot be read, and one that asks nothing."""
+    """A finished run over some answered rows, one that cannot be read, and one that asks nothing."""
     run_dir = tmp_path_factory.mktemp("small")
-    samples = list(new_samples(40, turns=2, answered=True))
+    samples = list(new_samples(ANSWERED, turns=2, answered=True))
     broken = Sample("broken", (b"no picture",), samples[0].turns, "noise")
     silent = Sample("silent", samples[1].frames, (), "noise")
     put_teacher(run_dir)
@@ -158,11 +132,11 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Pa
 
 
 def test_every_row_is_accounted_for(small_run: Path) -> None:
-    samples = list(new_samples(40, turns=2, answered=True))
+    samples = list(new_samples(ANSWERED, turns=2, answered=True))
     rows, manifest = signals_of(small_run)
     tokens = sum(len(row.response_ids_n) for row in rows)
     assert manifest.counts == {
-        "input": 42, "labelled": 40, "quarantined": 1, "skipped": 1, "response_tokens": tokens
+        "input": ANSWERED + 2, "labelled": ANSWERED, "quarantined": 1, "skipped": 1, "response_tokens": tokens
     }  # fmt: skip
     assert [row.id for row in rows] == [sample.id for sample in samples]
     assert [row.content_hash for row in rows] == [sample.content_hash for sample in samples]
@@ -190,66 +164,48 @@ def test_a_finished_store_is_left_alone_and_another_teacher_starts_anew(small_ru
     )
 
 
-def test_a_draft_keeps_its_good_files_and_loses_the_others(whole_run: Path, tmp_path: Path) -> None:
-    """As after a kill: some files there, one damaged, one from a writer that nobody waited for."""
-    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
-    folder = tmp_path / "signals"
-    manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
-    (folder / MANIFEST).unlink()
-    (folder / "draft.json").write_text(f'{{"fingerprint": "{manifest.fingerprint}"}}')
-    first, second, third, *_ = sorted(folder.glob("part-*.parquet"))
-    first.unlink()
-    second.write_bytes(second.read_bytes()[:100])
-    kept = third.stat().st_mtime_ns
-    label(run_config(tmp_path))
-    assert third.stat().st_mtime_ns == kept
-    assert_same_rows(tmp_path, whole_run)
-
-
-def test_a_killed_worker_is_replaced(whole_run: Path, fresh_run: Path) -> None:
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            label(run_config(fresh_run, workers=2))
-        except BaseException as error:
-            failures.append(error)
-
-    driver = threading.Thread(target=run)
-    driver.start()
-    try:
-        wait_for(lambda: written_files(fresh_run) > 0 or bool(failures), "the first file")
-        victims = children_named("ray::MapWorker(MapBatches(TeacherWorker))")
-        assert victims
-        assert written_files(fresh_run) < written_files(whole_run), "labelling was over before the kill"
-        os.kill(victims[0], signal.SIGKILL)
-    finally:
-        driver.join(DEADLINE_S)
-    assert not driver.is_alive()
-    assert not failures
+def test_a_killed_driver_and_a_killed_worker_leave_the_same_rows(
+    whole_run: Path, fresh_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """First the driver is killed; then the same command continues, without a damaged file, and loses a worker."""
+    config_file = tmp_path_factory.mktemp("config") / "run.yaml"
+    config_file.write_text(dump(run_config(fresh_run, workers=2)))
+    kill_driver(config_file, fresh_run)
+    folder = fresh_run / "signals"
+    assert not (folder / MANIFEST).exists()
+    damaged, *good = sorted(folder.glob("part-*.parquet"))
+    assert len(good) + 1 < written_files(whole_run), "labelling was over before the driver was killed"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    kept = {path: path.stat().st_mtime_ns for path in good}
+    kill_worker(run_config(fresh_run, workers=2), fresh_run, written_files(whole_run))
+    assert {path: path.stat().st_mtime_ns for path in good} == kept, "rows that were there were labelled again"
     assert_same_rows(fresh_run, whole_run)
 
 
-def test_a_killed_driver_is_continued(whole_run: Path, fresh_run: Path, tmp_path_factory: Any) -> None:
-    config_file = tmp_path_factory.mktemp("config") / "run.yaml"
-    config_file.write_text(dump(run_config(fresh_run, workers=2)))
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+def kill_driver(config_file: Path, run_dir: Path) -> None:
+    """Label in a process of its own, and kill that as soon as there are two files."""
     driver = subprocess.Popen(
         [sys.executable, "-m", "pipelines.label", "--config", str(config_file)],
-        env=environment,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(lambda: written_files(fresh_run) > 0 or driver.poll() is not None, "the first file")
-    driver.send_signal(signal.SIGKILL)
+    wait_until(lambda: written_files(run_dir) > 1, "the second file", lambda: driver.poll() is None)
+    driver.kill()
     driver.wait()
-    assert not (fresh_run / "signals" / MANIFEST).exists()
-    left = {path.name: path.stat().st_mtime_ns for path in (fresh_run / "signals").glob("part-*.parquet")}
-    assert 0 < len(left) < written_files(whole_run)
-    label(run_config(fresh_run))
-    after = {path.name: path.stat().st_mtime_ns for path in (fresh_run / "signals").glob("part-*.parquet")}
-    assert left.items() <= after.items(), "rows that were there were labelled again"
-    assert_same_rows(fresh_run, whole_run)
+
+
+def kill_worker(config: RunConfig, run_dir: Path, files: int) -> None:
+    """Continue labelling to its end, and kill one of its workers as soon as there is another file."""
+    before = written_files(run_dir)
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(label, config)
+        wait_until(lambda: written_files(run_dir) > before, "a new file", lambda: not work.done())
+        victims = children_named(WORKER)
+        assert victims
+        assert written_files(run_dir) < files, "labelling was over before the worker was killed"
+        os.kill(victims[0], signal.SIGKILL)
+        work.result(DEADLINE_S)
 
 
 def test_missing_inputs_are_one_clear_error(tmp_path: Path) -> None:
