@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from sparsight.settings import Slice, read_settings
+from sparsight.sources import MAX_PICTURE_PIXELS, DataConfig
 from sparsight.sources import CocoSource as CocoSource
-from sparsight.sources import DataConfig
 from sparsight.sources import DataSource as DataSource
 from sparsight.sources import EasyVqaSource as EasyVqaSource
 from sparsight.sources import HallucinationConfig as HallucinationConfig
@@ -281,7 +281,7 @@ class ServeConfig(Slice):
     """Largest request body; a larger one is refused with 413 while it arrives."""
     max_picture_bytes: int = 10_000_000
     """Largest encoded picture of a request."""
-    max_picture_pixels: int = 50_000_000
+    max_picture_pixels: int = MAX_PICTURE_PIXELS
     """Largest width × height of a picture."""
     allowed_picture_hosts: list[str] = Field(default=[])
     """Hosts whose http(s) pictures may be fetched; empty fetches nothing and takes data: URIs only."""

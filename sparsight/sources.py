@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 
 from sparsight.settings import Slice
 
+MAX_PICTURE_BYTES = 20_000_000
+MAX_PICTURE_PIXELS = 50_000_000
+"""What is opened where no other limits are set."""
+
 
 class EasyVqaSource(Slice):
     """The easy-VQA benchmark: one coloured shape a picture, official training and test split."""
@@ -105,9 +109,9 @@ class DataConfig(Slice):
     ground_truth_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of the student's training pictures whose answers it may see; the others reach it without answers."""
     hallucination: HallucinationConfig = HallucinationConfig()
-    max_picture_bytes: int = 20_000_000
+    max_picture_bytes: int = MAX_PICTURE_BYTES
     """Largest encoded picture that is opened; rows with larger ones are quarantined."""
-    max_picture_pixels: int = 50_000_000
+    max_picture_pixels: int = MAX_PICTURE_PIXELS
     """Largest width × height that is opened."""
 
     @property

@@ -11,11 +11,9 @@ from typing import NamedTuple, Protocol
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sparsight.errors import PictureError
+from sparsight.sources import MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-
-MAX_PICTURE_BYTES = 20_000_000
-MAX_PICTURE_PIXELS = 50_000_000
 
 
 class _Configured(Protocol):

@@ -14,6 +14,7 @@ from sparsight.artifacts import digest
 from sparsight.config import LabelConfig
 from sparsight.errors import CheckpointError
 from sparsight.records import Quarantined, Sample, TeacherSignal
+from sparsight.sources import MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS
 
 _MODEL_FILES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"})
 _READ_BYTES = 1 << 22
@@ -26,8 +27,8 @@ class SignalSettings:
     label: LabelConfig = field(default_factory=LabelConfig)
     seed: int = 0
     """Start of every sample's own random stream for the tail draws."""
-    max_picture_bytes: int = 20_000_000
-    max_picture_pixels: int = 50_000_000
+    max_picture_bytes: int = MAX_PICTURE_BYTES
+    max_picture_pixels: int = MAX_PICTURE_PIXELS
 
     @property
     def content(self) -> dict[str, int]:
