@@ -186,14 +186,14 @@ def co_activation(layers: Mapping[int, Sequence[Sequence[float]]], title: str) -
     """A table of colours a sparse layer: the share of tokens that were sent to both of two experts [E, E]."""
     columns = min(3, len(layers))
     rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(1.5 + 2.3 * columns, 0.7 + 2.5 * rows), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, 0.7 + 2.5 * rows), dpi=DPI, layout="constrained")
     grid: Any = figure.subplots(rows, columns, squeeze=False)
     most = max(value for table in layers.values() for row in table for value in row)
     image: Any = None
     for axes, (layer, table) in zip(grid.flat, layers.items(), strict=False):
         E = len(table)
         cells = [[math.nan if i == j else table[i][j] for j in range(E)] for i in range(E)]
-        image = axes.imshow(cells, vmin=0.0, vmax=most, cmap="cividis")
+        image = axes.imshow(cells, vmin=0.0, vmax=most, cmap="cividis", aspect="auto")
         for i, j in ((i, j) for i in range(E) for j in range(E) if i != j and E <= MOST_LABELLED):
             colour = "black" if table[i][j] > 0.55 * most else "white"
             axes.text(j, i, f"{table[i][j]:.0%}", ha="center", va="center", color=colour, fontsize=7)

@@ -20,7 +20,7 @@ GROUPS = {"text tokens": [0.4, 0.3, 0.2, 0.1], "answers: yes_no": [1.0, 0.0, 0.0
     [
         (lambda: load_history({1: EVEN}, {"sparse": 0}, "one"), 800, 250),
         (lambda: load_history({0: EVEN, 2: COLLAPSED}, {"sparse": 0, "preference": 2}, "two"), 800, 400),
-        (lambda: co_activation({1: PAIRS}, "one"), 350, 300),
+        (lambda: co_activation({1: PAIRS}, "one"), 800, 300),
         (lambda: co_activation(dict.fromkeys(range(0, 10, 2), MANY), "five"), 800, 500),
         (lambda: expert_load({1: GROUPS}, "one"), 800, 150),
         (lambda: expert_load(dict.fromkeys(range(4), GROUPS), "four"), 800, 300),
