@@ -5,13 +5,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.ray.processes import children_named, wait_until
 from tests.ray.serve_case import MODEL, data_uri, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,31 +85,20 @@ def send(http: httpx.Client, path: str, times_s: list[float]) -> None:
 
 def patiently(http: httpx.Client, path: str) -> httpx.Response:
     """Ask again as long as the service says that it is restarting, as a client would."""
-    end_s = time.monotonic() + 90
-    while (response := http.get(path)).status_code == 503 and time.monotonic() < end_s:
+
+    def answered() -> httpx.Response | None:
+        response = http.get(path)
+        if response.status_code != 503:
+            return response
         assert response.json()["error"]["code"] == "unavailable"
-        time.sleep(0.5)
+        return None
+
+    response = wait_until(answered, "the replica is back")
+    assert response is not None
     return response
 
 
 def replica_of_streams() -> int:
     """The process of this cluster's stream replica: Ray names its workers by what they run."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            names[int(folder.name)] = (folder / "cmdline").read_text()
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue  # it has ended meanwhile
-    found = [pid for pid, name in names.items() if "StreamReplica" in name and os.getpid() in ancestors(pid, parents)]
-    assert len(found) == 1
-    return found[0]
-
-
-def ancestors(pid: int, parents: dict[int, int]) -> set[int]:
-    found: set[int] = set()
-    while pid in parents and pid not in found:
-        found.add(pid)
-        pid = parents[pid]
-    return found
+    [process] = children_named("ray::ServeReplica:sparsight:StreamReplica")
+    return process
