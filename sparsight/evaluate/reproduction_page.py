@@ -61,7 +61,7 @@ def render(found: Reproduction, reading: str = "") -> str:
         f"Means over {len(found.seeds)} seeds, ± the half width of the 95 % interval.",
         _models(found),
         *pictures[1:],
-        f"## Where\n\n- machine: {found.machine}\n- code: {found.revision}\n- figures as data: `.json` beside this page",
+        f"## Where\n\n- machine: {found.machine}\n- code: {found.revision}\n- figures as data: `.json` beside it",
     ]
     return "\n\n".join(sections) + "\n"
 
