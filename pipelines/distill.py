@@ -13,7 +13,8 @@ from typing import Any
 
 from pipelines.command import run_command
 from pipelines.label import teacher_source
-from pipelines.training import MODEL, START, finish_stage, save_model, stage_job
+from pipelines.training import START, finish_stage, save_model, stage_job
+from sparsight import layout
 from sparsight.artifacts import Artifact, Manifest, RunDirectory
 from sparsight.config import RunConfig, StageConfig, StudentConfig, StudentRun
 from sparsight.data.samples import read_samples
@@ -32,8 +33,6 @@ from sparsight.teacher.protocol import directory_digest
 
 KIND = "model"
 VERSION = 1
-SAMPLES = "samples/student"
-SIGNALS = "signals"
 
 
 def distill(config: RunConfig) -> None:
@@ -69,11 +68,11 @@ class StageData:
 
     @cached_property
     def samples_artifact(self) -> tuple[Storage, Manifest]:
-        return self.run.finished(SAMPLES, "samples")
+        return self.run.finished(layout.STUDENT_SAMPLES, "samples")
 
     @cached_property
     def signals_artifact(self) -> tuple[Storage, Manifest]:
-        return self.run.finished(SIGNALS, "signals")
+        return self.run.finished(layout.SIGNALS, "signals")
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -140,14 +139,14 @@ def _artifact(data: StageData, student: StudentRun, stage: StageConfig, before: 
             inputs["base"] = directory_digest(Path(config.student.base))
         else:
             inputs |= text_base_digest(config.student.architecture)
-    return data.run.artifact(f"students/{student.name}/{stage.name}", KIND, VERSION, settings, inputs)
+    return data.run.artifact(layout.student_stage(student.name, stage.name), KIND, VERSION, settings, inputs)
 
 
 def _run_stage(
     data: StageData, student: StudentRun, stage: StageConfig, artifact: Artifact, before: Artifact | None
 ) -> None:
     artifact.begin()
-    start = before.storage.child(MODEL) if before is not None else _first_start(data, student, artifact.storage)
+    start = before.storage.child(layout.MODEL) if before is not None else _first_start(data, student, artifact.storage)
     model = VisionLanguageModel.load(start.fetch())
     rows = share_of(data.rows(stage, model), stage.share, data.config.seed)
     steps = steps_of(len(rows), stage.batch_samples, stage.epochs, stage.steps)
@@ -177,7 +176,9 @@ def _plan_lines(config: RunConfig) -> list[str]:
         for stage in student.stages:
             length = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs:g} epochs"
             sparse = f", up-cycled to {stage.upcycle.experts} experts" if stage.upcycle is not None else ""
-            lines.append(f"train 'students/{student.name}/{stage.name}': {length} on {stage.rows} rows{sparse}")
+            lines.append(
+                f"train '{layout.student_stage(student.name, stage.name)}': {length} on {stage.rows} rows{sparse}"
+            )
     return lines
 
 

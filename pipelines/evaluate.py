@@ -20,6 +20,7 @@ from pipelines.command import run_command
 from pipelines.models import ModelSource, evaluated_models
 from pipelines.report import plan_report, write_report
 from pipelines.runtime import connect, require
+from sparsight import layout
 from sparsight.artifacts import Artifact, RunDirectory, read_manifest
 from sparsight.config import EvaluateConfig, RunConfig
 from sparsight.data.objects import VOCABULARY, ObjectVocabulary
@@ -48,7 +49,7 @@ from sparsight.observe import progress_bar, say
 from sparsight.records import Turn
 from sparsight.storage import Storage
 
-ARTIFACT, KIND, VERSION = "evaluation", "evaluation", 1
+KIND, VERSION = "evaluation", 1
 RESULTS, PREDICTIONS = "evaluation.json", "predictions.parquet"
 HEADLINE_SOURCE = "easy_vqa"
 SCENE_HALLUCINATION = "pope"
@@ -85,8 +86,8 @@ def plan_evaluation(config: RunConfig, models: Sequence[ModelSource]) -> Artifac
     inputs = {f"model_{model.name}": model.fingerprint for model in models}
     for name, storage in test_sets(run).all.items():
         inputs[name] = read_manifest(storage, "samples").fingerprint
-    inputs["baselines"] = run.finished("samples/teacher", "samples")[1].fingerprint
-    return run.artifact(ARTIFACT, KIND, VERSION, config.evaluate, inputs)
+    inputs["baselines"] = run.finished(layout.TEACHER_SAMPLES, "samples")[1].fingerprint
+    return run.artifact(layout.EVALUATION, KIND, VERSION, config.evaluate, inputs)
 
 
 class EvaluationSets(NamedTuple):
@@ -105,11 +106,13 @@ class EvaluationSets(NamedTuple):
 def test_sets(run: RunDirectory) -> EvaluationSets:
     """Raises `ArtifactError` where no questions are finished that a model can answer rightly or wrongly."""
     keys = (key for key in run.storage.keys("samples") if key.endswith("/manifest.json"))
-    names = sorted(key.split("/")[1].removeprefix("test_") for key in keys if key.startswith("samples/test_"))
+    names = sorted(
+        key.split("/")[1].removeprefix("test_") for key in keys if key.startswith(layout.held_out_samples(""))
+    )
     names.sort(key=lambda name: name not in (HEADLINE_SOURCE, SCENE_HALLUCINATION))
     sets = EvaluationSets({}, {})
     for name in names:
-        storage = run.storage.child(f"samples/test_{name}")
+        storage = run.storage.child(layout.held_out_samples(name))
         kind = sets.hallucination if storage.exists(VOCABULARY) else sets.questions
         kind[name] = storage
     if not sets.questions:
@@ -171,7 +174,7 @@ def _vocabulary(storage: Storage) -> ObjectVocabulary:
 
 def _training_turns(run: RunDirectory, test_set: str) -> list[Turn]:
     """The answered training turns of a test set's source."""
-    storage, _ = run.finished("samples/teacher", "samples")
+    storage, _ = run.finished(layout.TEACHER_SAMPLES, "samples")
     samples = list(iter_samples(storage))
     own = [sample for sample in samples if sample.source == test_set]
     return [turn for sample in own or samples for turn in sample.turns]

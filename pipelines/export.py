@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.command import run_command
-from pipelines.models import MODEL_KEY, ModelSource, exported_student
+from pipelines.models import ModelSource, exported_student
+from sparsight import layout
 from sparsight.artifacts import Artifact, RunDirectory
 from sparsight.config import RunConfig
 from sparsight.errors import ArtifactError
@@ -21,7 +22,7 @@ from sparsight.model.parameters import activated_parameters, total_parameters
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import say
 
-ARTIFACT, KIND, VERSION = "export", "export", 1
+KIND, VERSION = "export", 1
 
 
 def export(config: RunConfig) -> None:
@@ -42,7 +43,7 @@ def export(config: RunConfig) -> None:
         write_export(model, folder)
         gap = verify_transformers(model, folder)
         verdicts = {"transformers": f"equal, largest log-prob difference {gap:.1e}", "vllm": verify_vllm(model, folder)}
-        artifact.storage.publish(folder, MODEL_KEY)
+        artifact.storage.publish(folder, layout.MODEL)
     finally:
         shutil.rmtree(folder)
     figures = {
@@ -57,7 +58,7 @@ def export(config: RunConfig) -> None:
 def plan_export(config: RunConfig, student: ModelSource) -> Artifact:
     """The artefact of this stage, fingerprinted by the student it is made from."""
     run = RunDirectory(config.run_dir)
-    return run.artifact(ARTIFACT, KIND, VERSION, {"student": student.label}, {"student": student.fingerprint})
+    return run.artifact(layout.EXPORT, KIND, VERSION, {"student": student.label}, {"student": student.fingerprint})
 
 
 def plan(config: RunConfig) -> list[str]:

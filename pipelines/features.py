@@ -6,6 +6,7 @@ is `sparsight.distill.pictures`. Called by the teacher and distillation pipeline
 
 from pathlib import Path
 
+from sparsight import layout
 from sparsight.artifacts import RunDirectory
 from sparsight.config import RunConfig
 from sparsight.data.samples import iter_samples
@@ -16,19 +17,17 @@ from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import progress_bar
 from sparsight.storage import Storage
 
-ARTIFACT = "features"
 KIND = "features"
-SAMPLES = "samples/student"
 CLIPS_PER_FILE = 256
 
 
 def make_features(config: RunConfig, model_directory: Path) -> Storage:
     """The finished features of the model's tower; computed here unless they are there."""
     run = RunDirectory(config.run_dir)
-    samples, samples_manifest = run.finished(SAMPLES, "samples")
+    samples, samples_manifest = run.finished(layout.STUDENT_SAMPLES, "samples")
     model = VisionLanguageModel.load(model_directory)
     inputs = {"samples": samples_manifest.fingerprint, "tower": tower_digest(model)}
-    artifact = run.artifact(ARTIFACT, KIND, FEATURES_VERSION, {}, inputs)
+    artifact = run.artifact(layout.FEATURES, KIND, FEATURES_VERSION, {}, inputs)
     if artifact.finished:
         return artifact.storage
     artifact.begin()

@@ -20,6 +20,7 @@ from actors.teacher_worker import TeacherWorker
 from pipelines import runtime
 from pipelines.command import run_command
 from pipelines.signal_sink import SignalStore, write_rows
+from sparsight import layout
 from sparsight.artifacts import Artifact, RunDirectory
 from sparsight.config import HuggingFaceTeacherConfig, RunConfig
 from sparsight.data.samples import sample_files
@@ -30,9 +31,7 @@ from sparsight.storage import Storage
 from sparsight.teacher.load import TeacherSource, identify
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 
-ARTIFACT = "signals"
 KIND = "signals"
-SAMPLES = "samples/student"
 
 BATCHES_PER_CALL = 4
 """A worker gets this many batches at a time, so that it can forward rows of similar length together."""
@@ -47,12 +46,12 @@ def label(config: RunConfig) -> None:
     samples share an id; `SparsightError` where the cluster lacks what the workers ask for.
     """
     run = RunDirectory(config.run_dir)
-    samples, samples_manifest = run.finished(SAMPLES, "samples")
+    samples, samples_manifest = run.finished(layout.STUDENT_SAMPLES, "samples")
     source = teacher_source(config, run)
     identity = identify(source)
     settings = signal_settings(config)
     inputs = {"samples": samples_manifest.fingerprint, "teacher": identity.fingerprint}
-    artifact = run.artifact(ARTIFACT, KIND, SIGNALS_VERSION, settings.content, inputs)
+    artifact = run.artifact(layout.SIGNALS, KIND, SIGNALS_VERSION, settings.content, inputs)
     if artifact.finished:
         say("label: nothing to do, the signals are there")
         return
@@ -77,8 +76,8 @@ def teacher_source(config: RunConfig, run: RunDirectory) -> TeacherSource:
     """The run's own teacher, which must be finished, or the Hugging Face directory that the config names."""
     if isinstance(config.teacher, HuggingFaceTeacherConfig):
         return TeacherSource.hugging_face(config.teacher)
-    storage, _ = run.finished("teacher", "model")
-    return TeacherSource("tiny", storage.child("model").uri)
+    storage, _ = run.finished(layout.TEACHER, "model")
+    return TeacherSource("tiny", storage.child(layout.MODEL).uri)
 
 
 def signal_settings(config: RunConfig) -> SignalSettings:
@@ -195,7 +194,10 @@ def _finish(
 
 def _plan_lines(config: RunConfig) -> list[str]:
     workers = config.resources.label_workers
-    return [f"label '{SAMPLES}' with the {config.teacher.kind} teacher on {workers} workers, into '{ARTIFACT}'"]
+    return [
+        f"label '{layout.STUDENT_SAMPLES}' with the {config.teacher.kind} teacher on {workers} workers "
+        f"into '{layout.SIGNALS}'"
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

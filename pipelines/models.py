@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsight import layout
 from sparsight.artifacts import RunDirectory
 from sparsight.config import HuggingFaceTeacherConfig, RunConfig
 from sparsight.errors import ArtifactError, ConfigError
@@ -11,8 +12,6 @@ from sparsight.evaluate.results import STUDENT, TEACHER
 from sparsight.observe import say
 from sparsight.storage import Storage, open_storage
 from sparsight.teacher.protocol import directory_digest
-
-MODEL_KEY = "model"
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ def evaluated_models(config: RunConfig) -> list[ModelSource]:
         name = STUDENT if index == 0 else student.name
         if index and name in (STUDENT, TEACHER):
             raise ConfigError(f"distill.students.{index}: the name '{name}' is a role in the report; choose another")
-        storage, manifest = run.finished(f"students/{student.name}/{student.stages[-1].name}", "model")
-        models.append(ModelSource(name, student.name, storage, MODEL_KEY, manifest.fingerprint))
+        storage, manifest = run.finished(layout.student_stage(student.name, student.stages[-1].name), "model")
+        models.append(ModelSource(name, student.name, storage, layout.MODEL, manifest.fingerprint))
     return models
 
 
@@ -55,15 +54,15 @@ def exported_student(config: RunConfig) -> ModelSource:
     """The student that is exported and served: the configuration's first, after its last stage."""
     student = config.distill.students[0]
     storage, manifest = RunDirectory(config.run_dir).finished(
-        f"students/{student.name}/{student.stages[-1].name}", "model"
+        layout.student_stage(student.name, student.stages[-1].name), "model"
     )
-    return ModelSource(STUDENT, student.name, storage, MODEL_KEY, manifest.fingerprint)
+    return ModelSource(STUDENT, student.name, storage, layout.MODEL, manifest.fingerprint)
 
 
 def _teacher(config: RunConfig, run: RunDirectory) -> ModelSource | None:
     if not isinstance(config.teacher, HuggingFaceTeacherConfig):
-        storage, manifest = run.finished("teacher", "model")
-        return ModelSource(TEACHER, "teacher", storage, MODEL_KEY, manifest.fingerprint)
+        storage, manifest = run.finished(layout.TEACHER, "model")
+        return ModelSource(TEACHER, "teacher", storage, layout.MODEL, manifest.fingerprint)
     storage = open_storage(config.teacher.path)
     if not storage.exists("config.json"):
         raise ArtifactError(f"'{storage.uri}' holds no model (config.json is missing): correct teacher.path")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.command import run_command
+from sparsight import layout
 from sparsight.artifacts import Artifact, RunDirectory, digest
 from sparsight.config import (
     CocoSource,
@@ -42,15 +43,14 @@ from sparsight.records import SAMPLES_VERSION, Quarantined, Sample
 from sparsight.storage import Storage
 
 KIND = "samples"
-TEACHER, STUDENT, VALIDATION = "samples/teacher", "samples/student", "samples/validation"
 SCRATCH = "samples/imported"
-HALLUCINATION_SETS = {"scenes": "samples/test_pope", "coco": "samples/test_coco"}
+HALLUCINATION_SETS = {"scenes": layout.held_out_samples("pope"), "coco": layout.held_out_samples("coco")}
 """The artefacts of questions that show hallucination, by kind of source."""
 
 
 def name_of_test_set(source: TrainingSource) -> str:
     """The artefact that holds a source's test samples."""
-    return f"samples/test_{source.kind}"
+    return layout.held_out_samples(source.kind)
 
 
 class Imported(NamedTuple):
@@ -103,9 +103,12 @@ def plan_artifacts(config: RunConfig) -> dict[str, Artifact]:
     fraction, hallucination = data.pop("ground_truth_fraction"), data.pop("hallucination")
     shared = {"data": data, "seed": config.seed, "scenes_version": SCENES_VERSION}
     inputs = {f"source_{index}_{source.kind}": source_digest(source) for index, source in enumerate(sources)}
-    configs: dict[str, Any] = {TEACHER: shared, STUDENT: {**shared, "ground_truth_fraction": fraction}}
+    configs: dict[str, Any] = {
+        layout.TEACHER_SAMPLES: shared,
+        layout.STUDENT_SAMPLES: {**shared, "ground_truth_fraction": fraction},
+    }
     if config.data.validation_fraction > 0.0:
-        configs[VALIDATION] = shared
+        configs[layout.VALIDATION_SAMPLES] = shared
     for source in sources:
         if _has_test(source):
             configs[name_of_test_set(source)] = shared
@@ -227,12 +230,12 @@ def _write(name: str, artifact: Artifact, config: RunConfig, scratch: Storage, i
             yield sample
 
     artifact.begin()
-    if name in (TEACHER, STUDENT):
+    if name in (layout.TEACHER_SAMPLES, layout.STUDENT_SAMPLES):
         quarantined += imported.quarantined
         samples = _dealt(scratch, lambda content_hash: content_hash not in deal.held_out)
-        if name == STUDENT:
+        if name == layout.STUDENT_SAMPLES:
             samples = (row if row.content_hash in deal.answered else row.without_answers() for row in samples)
-    elif name == VALIDATION:
+    elif name == layout.VALIDATION_SAMPLES:
         samples = _dealt(scratch, lambda content_hash: content_hash in deal.validation)
     elif name in HALLUCINATION_SETS.values():
         rows, vocabulary = hallucination_rows(name, config, imported)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.times import read_times
+from sparsight import layout
 from sparsight.artifacts import MANIFEST, Artifact, Manifest, RunDirectory, code_revision, digest, read_manifest
 from sparsight.config import RunConfig, TinyTeacherConfig
 from sparsight.distill.telemetry import LayerHistory, read_history
@@ -27,7 +28,7 @@ from sparsight.evaluate.results import Evaluation
 from sparsight.observe import read_metrics, say
 from sparsight.storage import Storage
 
-ARTIFACT, KIND, VERSION = "report", "report", 1
+KIND, VERSION = "report", 1
 METRICS = "metrics.jsonl"
 CURVES = ("cross_entropy", "forward_kl")
 """Terms that are drawn; a stage without them shows its `loss`."""
@@ -36,7 +37,7 @@ CURVES = ("cross_entropy", "forward_kl")
 def write_report(config: RunConfig) -> None:
     """Write the artefact `report`; a finished one is left alone. Raises `ArtifactError` without an evaluation."""
     run = RunDirectory(config.run_dir)
-    evaluated, manifest = run.finished("evaluation", "evaluation")
+    evaluated, manifest = run.finished(layout.EVALUATION, "evaluation")
     artifact = _artifact(config, manifest)
     if artifact.finished is not None:
         return
@@ -55,14 +56,14 @@ def write_report(config: RunConfig) -> None:
 
 def read_evaluation(config: RunConfig) -> Evaluation:
     """The finished evaluation of a run."""
-    storage, _ = RunDirectory(config.run_dir).finished("evaluation", "evaluation")
+    storage, _ = RunDirectory(config.run_dir).finished(layout.EVALUATION, "evaluation")
     return Evaluation.model_validate_json(storage.read_bytes("evaluation.json"))
 
 
 def plan_report(config: RunConfig) -> list[str]:
     """One line: what would be done."""
     try:
-        _, manifest = RunDirectory(config.run_dir).finished("evaluation", "evaluation")
+        _, manifest = RunDirectory(config.run_dir).finished(layout.EVALUATION, "evaluation")
     except ArtifactError:
         return ["report: waits for the evaluation"]
     artifact = _artifact(config, manifest)
@@ -72,7 +73,7 @@ def plan_report(config: RunConfig) -> list[str]:
 def _artifact(config: RunConfig, evaluation: Manifest) -> Artifact:
     run = RunDirectory(config.run_dir)
     inputs = {name: digest(manifest) for name, manifest in _manifests(run.storage).items()}
-    return run.artifact(ARTIFACT, KIND, VERSION, {}, inputs | {"times": digest(_times(run.storage, evaluation))})
+    return run.artifact(layout.REPORT, KIND, VERSION, {}, inputs | {"times": digest(_times(run.storage, evaluation))})
 
 
 def _times(storage: Storage, evaluation: Manifest) -> dict[str, float]:
@@ -84,7 +85,7 @@ def _manifests(storage: Storage) -> dict[str, Manifest]:
     """Every finished artefact of a run but the report, by name."""
     keys = [key for key in storage.keys("") if key.endswith(f"/{MANIFEST}")]
     names = [key.removesuffix(f"/{MANIFEST}") for key in keys]
-    return {name: read_manifest(storage.child(name)) for name in names if name != ARTIFACT}
+    return {name: read_manifest(storage.child(name)) for name in names if name != layout.REPORT}
 
 
 def gather(run: RunDirectory, evaluation: Evaluation, manifest: Manifest, pictures: list[tuple[str, str]]) -> Report:
@@ -105,7 +106,7 @@ def gather(run: RunDirectory, evaluation: Evaluation, manifest: Manifest, pictur
         artifacts=rows,
         stage_seconds=_times(run.storage, manifest),
         store_figures=_store_figures(manifests),
-        export=_verdicts(manifests["export"].details) if "export" in manifests else {},
+        export=_verdicts(manifests[layout.EXPORT].details) if layout.EXPORT in manifests else {},
         machine=describe_machine(),
         revision=code_revision(),
         pictures=pictures,
@@ -114,10 +115,10 @@ def gather(run: RunDirectory, evaluation: Evaluation, manifest: Manifest, pictur
 
 def _store_figures(manifests: Mapping[str, Manifest]) -> dict[str, float]:
     found: dict[str, float] = {}
-    if "signals" in manifests:
-        found["signal_bytes_per_token"] = manifests["signals"].figures["signal_bytes_per_token"]
-    if "samples/student" in manifests:
-        counts = manifests["samples/student"].counts
+    if layout.SIGNALS in manifests:
+        found["signal_bytes_per_token"] = manifests[layout.SIGNALS].figures["signal_bytes_per_token"]
+    if layout.STUDENT_SAMPLES in manifests:
+        counts = manifests[layout.STUDENT_SAMPLES].counts
         found["training_questions"] = counts["questions"]
         found["ground_truth_questions"] = counts["answered_questions"]
     return found
@@ -152,7 +153,7 @@ def _draw_routing(run: RunDirectory, student: str, stages: Sequence[str]) -> dic
     starts: dict[str, float] = {}
     steps = 0
     for stage in stages:
-        rows = _metrics(run, f"students/{student}/{stage}")
+        rows = _metrics(run, layout.student_stage(student, stage))
         found = read_history(rows)
         for layer, history in found.items():
             joined.setdefault(layer, LayerHistory()).extend(history, steps)
@@ -177,7 +178,9 @@ def _curves(config: RunConfig, run: RunDirectory) -> dict[str, dict[str, Curve]]
     if isinstance(config.teacher, TinyTeacherConfig):
         folders += [(f"teacher: {stage.name}", f"teacher/{stage.name}") for stage in config.teacher.stages]
     for student in config.distill.students:
-        folders += [(f"{student.name}: {it.name}", f"students/{student.name}/{it.name}") for it in student.stages]
+        folders += [
+            (f"{student.name}: {it.name}", layout.student_stage(student.name, it.name)) for it in student.stages
+        ]
     found: dict[str, dict[str, Curve]] = {}
     for title, folder in folders:
         rows = _metrics(run, folder)

@@ -18,6 +18,7 @@ from pipelines.prepare import prepare
 from pipelines.report import read_evaluation
 from pipelines.teacher import make_teacher
 from pipelines.times import timed
+from sparsight import layout
 from sparsight.artifacts import MANIFEST, RunDirectory
 from sparsight.config import RunConfig
 from sparsight.evaluate.page import headline_table
@@ -37,11 +38,11 @@ class Stage:
 
 STAGES = (
     Stage("prepare", "import pictures and questions", prepare, ("samples",)),
-    Stage("teacher", "make the teacher", make_teacher, ("teacher",)),
-    Stage("label", "let the teacher label", label, ("signals",)),
-    Stage("distill", "distil the students", distill, ("features", "students")),
-    Stage("export", "export the student and verify it", export, ("export",)),
-    Stage("evaluate", "evaluate and write the report", evaluate, ("evaluation", "report")),
+    Stage("teacher", "make the teacher", make_teacher, (layout.TEACHER,)),
+    Stage("label", "let the teacher label", label, (layout.SIGNALS,)),
+    Stage("distill", "distil the students", distill, (layout.FEATURES, "students")),
+    Stage("export", "export the student and verify it", export, (layout.EXPORT,)),
+    Stage("evaluate", "evaluate and write the report", evaluate, (layout.EVALUATION, layout.REPORT)),
 )
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipelines.command import run_command
-from pipelines.training import MODEL, finish_stage, save_model, stage_job
+from pipelines.training import finish_stage, save_model, stage_job
+from sparsight import layout
 from sparsight.artifacts import MANIFEST, Artifact, RunDirectory
 from sparsight.config import RunConfig, StageConfig, TinyTeacherConfig
 from sparsight.data.samples import iter_samples, read_samples
@@ -26,10 +27,8 @@ from sparsight.observe import MetricsWriter, progress_bar, say
 from sparsight.records import Sample
 from sparsight.storage import Storage
 
-ARTIFACT = "teacher"
 KIND = "model"
 VERSION = 1
-SAMPLES = "samples/teacher"
 TOWER = "tower"
 
 
@@ -44,10 +43,10 @@ def make_teacher(config: RunConfig) -> None:
         return
     _check(settings)
     run = RunDirectory(config.run_dir)
-    samples, manifest = run.finished(SAMPLES, "samples")
+    samples, manifest = run.finished(layout.TEACHER_SAMPLES, "samples")
     shared = {"teacher": settings, "seed": config.seed, "precompute_features": config.distill.precompute_features}
     inputs = {"samples": manifest.fingerprint, **text_base_digest(settings.architecture)}
-    artifact = run.artifact(ARTIFACT, KIND, VERSION, shared, inputs)
+    artifact = run.artifact(layout.TEACHER, KIND, VERSION, shared, inputs)
     if artifact.finished:
         say("teacher: nothing to do, the teacher is there")
         return
@@ -58,18 +57,20 @@ def make_teacher(config: RunConfig) -> None:
         finished = _stage(config, stage, before, artifact, samples)
         named = {f"{stage.name}_{name}": value for name, value in _figures(finished).items()}
         before, figures = finished.storage, figures | named
-    artifact.storage.delete(MODEL)
-    artifact.storage.publish(before.fetch(MODEL), MODEL)
+    artifact.storage.delete(layout.MODEL)
+    artifact.storage.publish(before.fetch(layout.MODEL), layout.MODEL)
     artifact.commit(figures=figures)
     for name in (TOWER, *(stage.name for stage in settings.stages)):  # the curves stay
         artifact.storage.delete(f"{name}/{MANIFEST}")
-        artifact.storage.delete(f"{name}/{MODEL}")
+        artifact.storage.delete(f"{name}/{layout.MODEL}")
 
 
 def _check(settings: TinyTeacherConfig) -> None:
     names = [stage.name for stage in settings.stages]
-    if len({*names, TOWER, MODEL}) != len(names) + 2:
-        raise ConfigError(f"teacher.stages: the names {names} must differ, and '{TOWER}' and '{MODEL}' are taken")
+    if len({*names, TOWER, layout.MODEL}) != len(names) + 2:
+        raise ConfigError(
+            f"teacher.stages: the names {names} must differ, and '{TOWER}' and '{layout.MODEL}' are taken"
+        )
     for stage in settings.stages:
         if stage.terms.forward_kl > 0 or stage.upcycle is not None:
             raise ConfigError(f"teacher stage '{stage.name}': a tiny teacher learns dense, from answers alone")
@@ -101,7 +102,7 @@ def _tower(settings: TinyTeacherConfig, config: RunConfig, samples: Storage, tea
 
             figures = train_tower(model, settings.tower, rows, seed, report, limits)
         artifact.storage.publish(Path(folder), "")
-    save_model(model, artifact.storage, MODEL)
+    save_model(model, artifact.storage, layout.MODEL)
     artifact.commit(figures=figures)
     return artifact
 
@@ -123,7 +124,7 @@ def _stage(config: RunConfig, stage: StageConfig, before: Storage, teacher: Arti
         return artifact
     artifact.begin()
     say(f"teacher: {stage.name}")
-    start = before.child(MODEL)
+    start = before.child(layout.MODEL)
     student = VisionLanguageModel.load(start.fetch())
     maker = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0])
     rows = share_of(maker.answered(iter_samples(samples)), stage.share, config.seed)
@@ -138,7 +139,7 @@ def _plan_lines(config: RunConfig) -> list[str]:
     if not isinstance(settings, TinyTeacherConfig):
         return ["nothing to make: the teacher is a model directory"]
     lines = [f"train a tower: {settings.tower.steps} steps"]
-    return lines + [f"train 'teacher/{stage.name}' on '{SAMPLES}'" for stage in settings.stages]
+    return lines + [f"train 'teacher/{stage.name}' on '{layout.TEACHER_SAMPLES}'" for stage in settings.stages]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

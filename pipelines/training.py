@@ -24,6 +24,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pipelines import runtime
 from pipelines.features import make_features
+from sparsight import layout
 from sparsight.artifacts import Artifact
 from sparsight.config import ResourcesConfig, RunConfig, StageConfig
 from sparsight.data.samples import iter_samples
@@ -38,7 +39,6 @@ from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import MetricsWriter, progress_bar, say
 from sparsight.storage import LocalStorage, Storage, open_storage
 
-MODEL = "model"
 START = "start"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -232,7 +232,7 @@ class _StageFiles:
     def save(self, student: VisionLanguageModel) -> None:
         if self._first:
             self.publish()
-            save_model(student, self._storage, MODEL)
+            save_model(student, self._storage, layout.MODEL)
 
     def __enter__(self) -> "_StageFiles":
         return self

@@ -24,6 +24,7 @@ from serve_apps.ingress import Ingress
 from serve_apps.settings import ServiceSettings, check_export
 from serve_apps.stream_app import StreamReplica, bank_actor
 from serve_apps.student_app import StudentReplica
+from sparsight import layout
 from sparsight.config import ServeConfig, load
 from sparsight.errors import ConfigError, SparsightError, one_line, user_error
 from sparsight.observe import say
@@ -125,7 +126,9 @@ def _settings(config_path: str | None, overrides: Sequence[str], model: str | No
         return ServiceSettings(model=model)
     config = load(config_path, overrides)
     name = config.distill.students[0].name
-    return ServiceSettings(model=model or f"{config.run_dir.rstrip('/')}/export", name=name, serve=config.serve)
+    return ServiceSettings(
+        model=model or f"{config.run_dir.rstrip('/')}/{layout.EXPORT}", name=name, serve=config.serve
+    )
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ Model, tokenizer and picture statistics come from the export directory alone. Us
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from sparsight import layout
 from sparsight.artifacts import Manifest, read_manifest
 from sparsight.config import ServeConfig
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.storage import open_storage
-
-MODEL_FOLDER = "model"
 
 
 class ServiceSettings(BaseModel):
@@ -35,5 +34,5 @@ def load_student(settings: ServiceSettings) -> VisionLanguageModel:
     """The exported model, on this process's GPU if it was given one. `serve.threads` CPU threads compute it."""
     check_export(settings.model)
     torch.set_num_threads(settings.serve.threads)
-    directory = open_storage(settings.model).fetch(MODEL_FOLDER)
+    directory = open_storage(settings.model).fetch(layout.MODEL)
     return VisionLanguageModel.load(directory, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -9,8 +9,8 @@ from PIL import Image
 
 from pipelines.evaluate import evaluate
 from pipelines.export import export
-from pipelines.models import MODEL_KEY
 from pipelines.prepare import prepare
+from sparsight import layout
 from sparsight.artifacts import RunDirectory, read_manifest
 from sparsight.config import ArchitectureConfig, RunConfig, UpcycleConfig
 from sparsight.data.samples import read_samples
@@ -83,7 +83,7 @@ def models(config: RunConfig) -> dict[str, VisionLanguageModel]:
     for name, model in found.items():
         artifact = run.artifact(name, "model", 1, {"name": name})
         artifact.begin()
-        model.save(Path(artifact.storage.uri) / MODEL_KEY)
+        model.save(Path(artifact.storage.uri) / layout.MODEL)
         with MetricsWriter(Path(artifact.storage.uri), tensorboard=False) as writer:
             for step in range(1, 30):
                 writer.write(step, {"loss": 4.0 / step, "cross_entropy": 3.0 / step})
@@ -199,7 +199,7 @@ def test_the_report_is_written_again_when_a_stage_took_another_time(config: RunC
 
 def test_the_export_is_a_model_that_serving_can_load(config: RunConfig, report: Path) -> None:
     storage, manifest = RunDirectory(config.run_dir).finished("export", "export")
-    model = VisionLanguageModel.load(storage.fetch(MODEL_KEY))
+    model = VisionLanguageModel.load(storage.fetch(layout.MODEL))
     assert model.model.config.text_config.model_type == "qwen3_moe"
     assert set(manifest.details["verified"]) == {"transformers", "vllm"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOMS = ("sparsight", "actors", "pipelines", "serve_apps", "examples", "benchmarks")
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors"}),
+    frozenset({"errors", "layout"}),
     frozenset({"settings", "presets"}),
     frozenset({"stages", "sources"}),
     frozenset({"config", "records"}),

@@ -1,0 +1,28 @@
+"""Where things lie in a run: the names of its artefacts, and of the model directory inside one.
+
+Names only; what an artefact is says `artifacts`, what one holds says the stage that writes it. Used by the pipelines,
+and by the service for the export.
+"""
+
+TEACHER_SAMPLES = "samples/teacher"
+STUDENT_SAMPLES = "samples/student"
+VALIDATION_SAMPLES = "samples/validation"
+TEACHER = "teacher"
+SIGNALS = "signals"
+FEATURES = "features"
+EXPORT = "export"
+EVALUATION = "evaluation"
+REPORT = "report"
+
+MODEL = "model"
+"""The model directory inside an artefact that holds one."""
+
+
+def held_out_samples(name: str) -> str:
+    """The samples of a test set."""
+    return f"samples/test_{name}"
+
+
+def student_stage(student: str, stage: str) -> str:
+    """What a student was after one of its stages."""
+    return f"students/{student}/{stage}"
