@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from pipelines.evaluate import evaluate
@@ -14,6 +15,7 @@ from sparsight import layout
 from sparsight.artifacts import RunDirectory, read_manifest
 from sparsight.config import ArchitectureConfig, RunConfig, UpcycleConfig
 from sparsight.data.samples import read_samples
+from sparsight.distill.telemetry import routing_metrics
 from sparsight.errors import ArtifactError
 from sparsight.evaluate.answers import Examiner
 from sparsight.evaluate.scores import score
@@ -33,6 +35,7 @@ SMALL = ArchitectureConfig(
     text_intermediate=96,
 )
 STAGE = {"name": "only", "terms": {"cross_entropy": 1.0}, "steps": 1}
+PAIRS_LEE = torch.eye(4)[None] * 2 + 1  # six tokens, a pair of experts each
 
 
 def annotated_pictures(folder: Path) -> dict[str, str]:
@@ -85,8 +88,9 @@ def models(config: RunConfig) -> dict[str, VisionLanguageModel]:
         artifact.begin()
         model.save(Path(artifact.storage.uri) / layout.MODEL)
         with MetricsWriter(Path(artifact.storage.uri), tensorboard=False) as writer:
+            routing = routing_metrics(PAIRS_LEE, [1], pairs=True) if "small" in name else {}
             for step in range(1, 30):
-                writer.write(step, {"loss": 4.0 / step, "cross_entropy": 3.0 / step})
+                writer.write(step, {"loss": 4.0 / step, "cross_entropy": 3.0 / step, **routing})
         artifact.commit()
     return found
 
@@ -158,7 +162,8 @@ def test_page_figures_and_pictures_agree(config: RunConfig, report: Path) -> Non
     assert page.index("## Hallucination: pope") < page.index("## Hallucination: coco")
     assert "equal, largest log-prob difference" in page
     shown = [line.split("(")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
-    assert {"accuracy_easy_vqa.png", "accuracy_scenes.png", "training.png", "experts_student.png"} == set(shown)
+    routing = {"experts_student.png", "routing_small.png", "together_small.png"}
+    assert {"accuracy_easy_vqa.png", "accuracy_scenes.png", "training.png", *routing} == set(shown)
     for name in shown:
         with Image.open(report / name) as picture:
             assert picture.width > 600
