@@ -1,15 +1,16 @@
 """What a sparse layer's step costs: beside a dense layer of equal activated FLOPs, and beside loops over its experts.
 
-The layers are those of an up-cycled student: transformers' stock sparse block (router and experts, `grouped_mm`) and
-stock dense FFN, width 576, float32; a step is forward and backward, with gradients of weights and input. An expert
-is 1536 wide, SmolLM2-135M's FFN. `loop` is transformers' `eager`: expert by expert, the tokens of its mask are
-gathered. `masked_loop` is the naive one: every expert computes all tokens and its mask zeroes what it was not given.
+The layers are those of an up-cycled student: a stock sparse block whose experts run through
+`sparsight/model/experts.py`, and a stock dense FFN, width 576, float32; a step is forward and backward, with gradients
+of weights and input. An expert is 1536 wide, SmolLM2-135M's FFN. `loop` is transformers' `eager`: expert by expert, the
+tokens of its mask are gathered. `masked_loop` lets every expert compute all tokens and masks what it was not given,
+experts / active times the FLOPs. `stock` is transformers' `grouped_mm`, `small` the sizes of the tiny configuration.
 
-The limit is arithmetic. A step does 18 · tokens · active experts · width · expert width FLOPs; `gemms_…` is the time
-of the bare matrix products over that of a layer, and all that any implementation could reach. What is left is moved
-bytes: two gathers and two scatters of [tokens · active, width], the activations, and the gradients of more weights. On
-a CPU a call costs nothing beside a product of hundreds of rows, so a loop that gathers is as near the limit as grouped
-products are; what those save is the launches of a GPU. The masked loop does experts / active times the FLOPs.
+The limit is arithmetic. A step does 18 · tokens · active experts · width · expert width FLOPs; `gemms_…` is the time of
+the bare matrix products over that of a layer, and all that any implementation could reach. What is left is moved bytes:
+two gathers and two scatters of [tokens · active, width], the activations, and the gradients of more weights. On a CPU
+a call costs nothing beside a product of hundreds of rows, so a loop that gathers is within a tenth of the limit, too:
+what grouping saves is the launches of a GPU. No implementation can take less than `gemms_vs_loop` of that loop's time.
 
 All steps take turns, in an order that rotates; figures are medians of the rounds' ratios. On one thread time is CPU
 time, which leaves out what other programs take; figures with `two_threads` are wall time. Run as
@@ -36,6 +37,7 @@ from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.upcycle import upcycle
 
 TOKENS, WIDTH, EXPERT_WIDTH, ACTIVE = 4096, 576, 1536, 2
+SMALL_WIDTH, SMALL_EXPERT_WIDTH = 128, 256
 FEW, MANY = 4, 8
 """Experts beside the dense layer, and beside the loops."""
 
@@ -43,9 +45,9 @@ Step = Callable[[], object]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--expert-width", type=int, default=EXPERT_WIDTH)
     arguments = parser.parse_args(argv)
@@ -70,6 +72,8 @@ def ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
         "sparse_vs_dense_step": ("sparse", "dense"),
         "grouped_vs_loop": ("grouped", "loop"),
         "grouped_vs_masked_loop": ("grouped", "masked_loop"),
+        "grouped_vs_stock": ("grouped", "stock"),
+        "grouped_vs_stock_small": ("small", "small_stock"),
         "gemms_vs_dense_step": ("gemms_few", "dense"),
         "gemms_vs_loop": ("gemms_many", "loop"),
         "gemms_vs_grouped": ("gemms_many", "grouped"),
@@ -83,16 +87,23 @@ def ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def contenders(tokens: int, expert_width: int) -> dict[str, Step]:
     """Every step that is timed, on the same input."""
     x_BTD = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(0))
-    few, many, loop = (
+    few, many, loop, stock = (
         sparse_layer(experts, expert_width, implementation)
-        for experts, implementation in ((FEW, None), (MANY, None), (MANY, "eager"))
+        for experts, implementation in ((FEW, None), (MANY, None), (MANY, "eager"), (MANY, "grouped_mm"))
     )
+    small, small_stock = (
+        sparse_layer(FEW, SMALL_EXPERT_WIDTH, implementation, SMALL_WIDTH) for implementation in (None, "grouped_mm")
+    )
+    small_x_BTD = x_BTD[..., :SMALL_WIDTH].contiguous()
     return {
         "sparse": step_of(few, x_BTD),
         "dense": step_of(dense_layer(expert_width * ACTIVE), x_BTD),
         "grouped": step_of(many, x_BTD),
         "loop": step_of(loop, x_BTD),
         "masked_loop": step_of(MaskedLoop(many), x_BTD),
+        "stock": step_of(stock, x_BTD),
+        "small": step_of(small, small_x_BTD),
+        "small_stock": step_of(small_stock, small_x_BTD),
         "gemms_few": bare_products(few, x_BTD),
         "gemms_many": bare_products(many, x_BTD),
     }
@@ -102,17 +113,17 @@ def dense_layer(ffn_width: int) -> nn.Module:
     return text_layer(model(ffn_width))
 
 
-def sparse_layer(experts: int, expert_width: int, implementation: str | None) -> nn.Module:
+def sparse_layer(experts: int, expert_width: int, implementation: str | None, width: int = WIDTH) -> nn.Module:
     """As students have it, or by another of transformers' implementations."""
     settings = UpcycleConfig(experts=experts, active_experts=ACTIVE, layers=[0])
-    student = upcycle(model(expert_width), settings, seed=0)
+    student = upcycle(model(expert_width, width), settings, seed=0)
     use_experts(student.model, implementation)
     return text_layer(student)
 
 
-def model(ffn_width: int) -> Any:
+def model(ffn_width: int, width: int = WIDTH) -> Any:
     tokenizer = make_tokenizer(["is there a circle in the picture?"], 300)
-    architecture = ArchitectureConfig(tower_layers=1, text_layers=1, text_width=WIDTH, text_intermediate=ffn_width)
+    architecture = ArchitectureConfig(tower_layers=1, text_layers=1, text_width=width, text_intermediate=ffn_width)
     return make_dense(architecture, tokenizer, seed=0)
 
 

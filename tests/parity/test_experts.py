@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaOnevisionForConditionalGeneration
+from transformers import GptOssConfig, LlavaOnevisionForConditionalGeneration
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from sparsight.config import UpcycleConfig
-from sparsight.model.experts import SORTED_EXPERTS, use_experts
+from sparsight.model.experts import SORTED_EXPERTS, sorted_experts, use_experts
 from sparsight.model.routing import routers, trace_routers
 from sparsight.model.tiny import make_tokenizer
 from sparsight.model.upcycle import upcycle
@@ -105,3 +106,16 @@ def test_equal_inputs_give_equal_bits(tokenizer: Any) -> None:
     model = sparse_model("qwen3", tokenizer)
     first, again = (outputs_and_gradients(model, SORTED_EXPERTS) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_layout_with_biases_is_left_to_transformers() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, int] = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 4}
+    experts = GptOssExperts(GptOssConfig(**sizes, experts_implementation="eager"))
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight)
+    hidden_TD, weights_TA = torch.randn(10, 16), torch.rand(10, 2)
+    chosen_TA = torch.rand(10, 4).topk(2).indices
+    with torch.no_grad():
+        expected_TD = experts(hidden_TD, chosen_TA, weights_TA)
+        torch.testing.assert_close(sorted_experts(experts, hidden_TD, chosen_TA, weights_TA), expected_TD)
