@@ -30,7 +30,7 @@ from sparsight.config import ResourcesConfig, RunConfig, StageConfig
 from sparsight.data.samples import iter_samples
 from sparsight.distill.loop import StageTrainer
 from sparsight.distill.pictures import FeaturePictures, Pictures, PixelPictures
-from sparsight.distill.rows import TrainingRow
+from sparsight.distill.rows import Row
 from sparsight.errors import SparsightError
 from sparsight.media.images import DecodeLimits
 from sparsight.model.parameters import activated_parameters, total_parameters
@@ -65,7 +65,7 @@ class StageJob:
     threads: int
     gpu: bool
 
-    def trainer(self, rows: Sequence[TrainingRow]) -> StageTrainer:
+    def trainer(self, rows: Sequence[Row]) -> StageTrainer:
         student = VisionLanguageModel.load(open_storage(self.start).fetch())
         if self.stage.upcycle is not None:
             student = upcycle(student, self.stage.upcycle, self.seed)
@@ -81,10 +81,19 @@ class StageJob:
 
 
 def stage_job(
-    config: RunConfig, stage: StageConfig, start: Storage, target: Storage, samples: Storage, vocabulary: int | None
+    config: RunConfig,
+    stage: StageConfig,
+    start: Storage,
+    target: Storage,
+    samples: Storage,
+    vocabulary: int | None,
+    known_pictures: bool = True,
 ) -> StageJob:
-    """The stage as a worker sees it; computes the tower's features first, where they are wanted and may be used."""
-    uses_features = config.distill.precompute_features and "tower" not in stage.trainable
+    """The stage as a worker sees it; computes the tower's features first, where they are wanted and may be used.
+
+    `known_pictures`: whether the samples show the pictures of the student's samples, of which alone there are features.
+    """
+    uses_features = config.distill.precompute_features and "tower" not in stage.trainable and known_pictures
     features = make_features(config, start.fetch()).uri if uses_features else None
     return StageJob(
         stage=stage,
@@ -100,7 +109,7 @@ def stage_job(
     )
 
 
-def finish_stage(artifact: Artifact, job: StageJob, rows: Sequence[TrainingRow], steps: int, config: RunConfig) -> None:
+def finish_stage(artifact: Artifact, job: StageJob, rows: Sequence[Row], steps: int, config: RunConfig) -> None:
     """Train the stage, remove what only training needed, and write the manifest."""
     started_s = time.monotonic()
     figures = train_stage(job, rows, steps, config.resources)
@@ -119,7 +128,7 @@ def save_model(model: VisionLanguageModel, target: Storage, key: str) -> None:
         target.publish(Path(folder), key)
 
 
-def train_stage(job: StageJob, rows: Sequence[TrainingRow], steps: int, resources: ResourcesConfig) -> dict[str, float]:
+def train_stage(job: StageJob, rows: Sequence[Row], steps: int, resources: ResourcesConfig) -> dict[str, float]:
     """Train, leave the model under `model/` of the target and return the steps taken and the model's size.
 
     Raises `SparsightError` where the cluster lacks what the workers ask for, and a worker's own `SparsightError`.

@@ -31,7 +31,10 @@ class BatchOrder:
 
     def __init__(self, lengths: Sequence[int], batch_samples: int, total_steps: int, seed: int) -> None:
         if not lengths:
-            raise ConfigError("there are no rows to train on: check the stage's `rows`, terms and the samples' answers")
+            raise ConfigError(
+                "there are no rows to train on: check the stage's `rows` and terms, and the samples' answers, or how "
+                "many pairs were made"
+            )
         self.lengths = np.asarray(lengths)
         self.batch_samples = batch_samples
         self.total_steps = total_steps

@@ -1,9 +1,12 @@
-"""One step of every stage of LLaVA-MoD moves all weights that the stage names, and no other."""
+"""Every stage of LLaVA-MoD moves all weights that it names, and no other, and leaves a stock model."""
+
+from pathlib import Path
 
 import pytest
 
 from sparsight.distill.loop import StageTrainer
 from sparsight.distill.pictures import PixelPictures
+from sparsight.model.export import verify_transformers
 from sparsight.model.parameters import group_of
 from sparsight.stages import StageConfig, StudentRun
 from tests.parity.preference_case import PAIRS, pair_rows
@@ -23,7 +26,7 @@ MOVES = {
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_a_stage_moves_what_it_names(stage: StageConfig) -> None:
+def test_a_stage_moves_what_it_names_and_loads_in_plain_transformers(stage: StageConfig, tmp_path: Path) -> None:
     student = sparse_student() if stage.name in ("d2s", "preference") else dense_student()
     rows = pair_rows(student) if stage.rows == "pairs" else training_rows(student)
     pictures = PixelPictures(samples(PAIRS), student.pixels, 10**6, 10**6)
@@ -33,3 +36,6 @@ def test_a_stage_moves_what_it_names(stage: StageConfig) -> None:
         trainer.train_step()
     moved = {name for name, value in weights(trainer).items() if not value.equal(before[name])}
     assert moved == {name for name in before if group_of(name) in MOVES[stage.name]}
+    student.model.eval()
+    student.save(tmp_path)
+    assert verify_transformers(student, tmp_path) <= 1e-5
