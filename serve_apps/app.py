@@ -113,10 +113,19 @@ def run(application: Application, config: ServeConfig) -> None:
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
         serve.run(application, name=APPLICATION, route_prefix="/")
     except (RayError, RuntimeError, TimeoutError) as error:
-        last = [line.rstrip(". ") for line in str(error).strip().splitlines()[-1:]]  # above it is a remote traceback
         raise SparsightError(
-            f"the service did not start at {config.host}:{config.port}: {''.join(last)}; Ray Serve's logs say more"
+            f"the service did not start at {config.host}:{config.port}: {_reason(error)}; Ray Serve's logs say more"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What a replica died of, or else the error: the last line, above it is a remote traceback."""
+    deployments = [
+        group for application in serve.status().applications.values() for group in application.deployments.values()
+    ]
+    said = [group.message for group in deployments if group.message]
+    text = next(iter(said), str(error)).strip() or type(error).__name__
+    return text.splitlines()[-1].rstrip(". ")
 
 
 def _settings(config_path: str | None, overrides: Sequence[str], model: str | None) -> ServiceSettings:
