@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 from benchmarks.result import write_result
-from pipelines.label import BATCHES_PER_CALL, label
+from pipelines.label import label
+from pipelines.row_job import BATCHES_PER_CALL
 from sparsight.artifacts import RunDirectory
 from sparsight.config import ArchitectureConfig, RunConfig
 from sparsight.data.samples import write_samples

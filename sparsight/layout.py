@@ -7,8 +7,10 @@ and by the service for the export.
 TEACHER_SAMPLES = "samples/teacher"
 STUDENT_SAMPLES = "samples/student"
 VALIDATION_SAMPLES = "samples/validation"
+IMPORTED_PAIRS = "samples/imported_pairs"
 TEACHER = "teacher"
 SIGNALS = "signals"
+SCORED_IMPORT = "pairs/imported"
 FEATURES = "features"
 EXPORT = "export"
 EVALUATION = "evaluation"
@@ -26,3 +28,8 @@ def held_out_samples(name: str) -> str:
 def student_stage(student: str, stage: str) -> str:
     """What a student was after one of its stages."""
     return f"students/{student}/{stage}"
+
+
+def pairs_after(stage_uri: str) -> str:
+    """The pairs that the model of a student's stage answered for; `stage_uri` is where that stage lies."""
+    return f"pairs/{stage_uri.rpartition('/students/')[2]}"
