@@ -1,7 +1,8 @@
 """Distillation: every student of the config goes through its stages, each an artefact that starts from the one before.
 
-Rows are made and checked against the teacher's signals here, before any worker starts; training itself is
-`pipelines.training`. Run as `python -m pipelines.distill --config FILE`.
+Rows are made here from the teacher's signals, or from preference pairs, and checked before any worker starts; pairs
+that are not there yet are made on the way (`pipelines.pairs`). Training itself is `pipelines.training`.
+Run as `python -m pipelines.distill --config FILE`.
 """
 
 import sys
@@ -9,18 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines.command import run_command
 from pipelines.label import teacher_source
+from pipelines.pairs import make_pairs, pairs_artifact
 from pipelines.training import START, finish_stage, save_model, stage_job
 from sparsight import layout
 from sparsight.artifacts import Artifact, Manifest, RunDirectory
 from sparsight.config import RunConfig, StageConfig, StudentConfig, StudentRun
-from sparsight.data.samples import read_samples
+from sparsight.data.pairs import read_pairs
+from sparsight.data.samples import iter_samples, read_samples
 from sparsight.data.signals import iter_signals
 from sparsight.distill.batches import steps_of
-from sparsight.distill.rows import RowMaker, TrainingRow, share_of
+from sparsight.distill.pair_rows import PairRowMaker
+from sparsight.distill.rows import Row, RowMaker, TrainingRow, share_of
 from sparsight.distill.start import first_student
 from sparsight.errors import ConfigError
 from sparsight.model.text_base import text_base_digest
@@ -38,8 +42,9 @@ VERSION = 1
 def distill(config: RunConfig) -> None:
     """Write `students/<name>/<stage>` for all students and stages; finished ones are left alone.
 
-    Raises `ArtifactError` where samples, teacher or signals are not there, `AlignmentError` where a signal does not
-    fit its sample or the student, `ConfigError` where a stage cannot be trained as configured.
+    Raises `ArtifactError` where samples, teacher or signals are not there, `AlignmentError` where a signal or pair does
+    not fit its sample or the student, `ConfigError` where a stage cannot be trained as configured, and as
+    `pipelines.pairs` where pairs are made.
     """
     data = StageData(config)
     ended: dict[str | None, Artifact] = {}
@@ -118,6 +123,31 @@ class StageData:
         return teacher if 0 < teacher < student.head_VD.shape[0] else None
 
 
+class Lesson(NamedTuple):
+    """What a stage learns from: its rows, the samples that hold their pictures, and where to cut the student's head."""
+
+    rows: Sequence[Row]
+    samples: Storage
+    vocabulary: int | None
+
+
+def _lesson(
+    data: StageData, run: StudentRun, stage: StageConfig, student: VisionLanguageModel, before: Artifact | None
+) -> Lesson:
+    if stage.rows != "pairs":
+        vocabulary = data.vocabulary(student) if stage.terms.forward_kl > 0 else None
+        return Lesson(data.rows(stage, student), data.samples_artifact[0], vocabulary)
+    assert before is not None, "the configuration asks for a stage before pairs"
+    pairs, manifest = make_pairs(data.config, run, before)
+    samples, _ = data.run.finished(manifest.details["samples"], "samples")
+    known = min(int(manifest.details["vocabulary"]), student.head_VD.shape[0])
+    frames = {sample.content_hash: len(sample.frames) for sample in iter_samples(samples)}
+    same = data.config.distill.same_visual_tokens
+    maker = PairRowMaker(student.chat, student.visual_tokens, known, frames, same)
+    maker.check_tokenizer(manifest.details["tokenizer_fingerprint"])
+    return Lesson(maker.rows(read_pairs(pairs)), samples, known if known < student.head_VD.shape[0] else None)
+
+
 def _artifact(data: StageData, student: StudentRun, stage: StageConfig, before: Artifact | None) -> Artifact:
     """The stage's artefact: its fingerprint covers the stage, what it starts from and what it reads."""
     config = data.config
@@ -130,6 +160,8 @@ def _artifact(data: StageData, student: StudentRun, stage: StageConfig, before: 
     inputs = {"samples": data.samples_artifact[1].fingerprint}
     if stage.terms.forward_kl > 0:
         inputs["signals"] = data.signals_artifact[1].fingerprint
+    if stage.rows == "pairs" and before is not None:
+        inputs["pairs"] = pairs_artifact(config, student, before).fingerprint
     if before is not None:
         inputs["start"] = before.fingerprint
     else:
@@ -147,11 +179,11 @@ def _run_stage(
 ) -> None:
     artifact.begin()
     start = before.storage.child(layout.MODEL) if before is not None else _first_start(data, student, artifact.storage)
-    model = VisionLanguageModel.load(start.fetch())
-    rows = share_of(data.rows(stage, model), stage.share, data.config.seed)
+    lesson = _lesson(data, student, stage, VisionLanguageModel.load(start.fetch()), before)
+    rows = share_of(lesson.rows, stage.share, data.config.seed)
     steps = steps_of(len(rows), stage.batch_samples, stage.epochs, stage.steps)
-    vocabulary = data.vocabulary(model) if stage.terms.forward_kl > 0 else None
-    job = stage_job(data.config, stage, start, artifact.storage, data.samples_artifact[0], vocabulary)
+    features = lesson.samples.uri == data.samples_artifact[0].uri
+    job = stage_job(data.config, stage, start, artifact.storage, lesson.samples, lesson.vocabulary, features)
     finish_stage(artifact, job, rows, steps, data.config)
 
 

@@ -231,6 +231,11 @@ class DistillConfig(Slice):
         names = [student.name for student in self.students]
         if len(set(names)) != len(names):
             raise ValueError(f"student names are not unique: {names}")
+        ended: set[str] = set()
+        for student in self.students:
+            if student.start is not None and student.start not in ended:
+                raise ValueError(f"student '{student.name}' starts at '{student.start}': no student before it has that")
+            ended |= {f"{student.name}/{stage.name}" for stage in student.stages}
         return self
 
 

@@ -1,0 +1,88 @@
+"""A sparse student and its preference stage, whose pairs are made on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.distill import distill
+from sparsight.config import RunConfig
+from sparsight.model.export import verify_transformers
+from sparsight.model.routing import routers
+from sparsight.model.vision_language import VisionLanguageModel
+from sparsight.observe import read_metrics
+from tests.labelled_run import configuration, write_inputs
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+STEPS = 4
+MIMIC = {
+    "name": "sparse",
+    "upcycle": {"experts": 4, "active_experts": 2},
+    "terms": {"forward_kl": 1.0, "balance": 0.01},
+    "steps": STEPS,
+    "batch_samples": 6,
+}
+PREFERENCE = {
+    "name": "preference",
+    "rows": "pairs",
+    "trainable": ["projector", "experts", "routers"],
+    "terms": {"preference": 1.0, "balance": 0.01},
+    "preference": {"loss": "kto_pair"},
+    "steps": STEPS,
+    "batch_samples": 6,
+}
+
+
+def config_of(folder: Path, **pairs: Any) -> RunConfig:
+    """The truth competes, so that random models have something to prefer."""
+    settings = configuration(str(folder), MIMIC).model_dump()
+    drawn = {"student_candidates": 2, "teacher_candidates": 1, "include_truth": True, "max_answer_tokens": 6}
+    settings["pairs"] = {**drawn, **pairs}
+    settings["resources"] = {"train_workers": 1, "label_workers": 1}
+    settings["distill"]["students"] = [{"name": "student", "stages": [MIMIC, PREFERENCE]}]
+    return RunConfig.model_validate(settings)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preference")
+    write_inputs(str(folder))
+    distill(config_of(folder))
+    return folder
+
+
+def manifest_of(folder: Path, stage: str) -> dict[str, Any]:
+    return json.loads((folder / "students/student" / stage / "manifest.json").read_text())
+
+
+def test_the_preference_stage_learns_from_pairs_of_the_student_before_it(run_folder: Path) -> None:
+    made = json.loads((run_folder / "pairs/student/sparse/manifest.json").read_text())
+    learned = manifest_of(run_folder, "preference")
+    assert made["inputs"]["student"] == manifest_of(run_folder, "sparse")["fingerprint"]
+    assert learned["inputs"]["pairs"] == made["fingerprint"]
+    assert learned["counts"]["rows"] == made["counts"]["pairs"] > 0
+    rows = read_metrics(run_folder / "students/student/preference/metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert {"preference", "reward_margin", "reward_accuracy", "chosen_below_teacher", "balance"} <= rows[0].keys()
+
+
+def test_the_preferring_student_loads_in_plain_transformers(run_folder: Path) -> None:
+    directory = run_folder / "students/student/preference/model"
+    model = VisionLanguageModel.load(directory)
+    assert verify_transformers(model, directory) <= 1e-5
+    assert list(routers(model)) == [0]
+
+
+def test_other_pairs_are_another_preference_stage_after_the_same_student(run_folder: Path) -> None:
+    stages = ("sparse", "preference")
+    weights = {stage: run_folder / "students/student" / stage / "model/model.safetensors" for stage in stages}
+    before = {stage: manifest_of(run_folder, stage)["fingerprint"] for stage in stages}
+    written = {stage: path.stat().st_mtime_ns for stage, path in weights.items()}
+    distill(config_of(run_folder))
+    assert {stage: path.stat().st_mtime_ns for stage, path in weights.items()} == written
+    distill(config_of(run_folder, min_margin=0.2))
+    assert weights["sparse"].stat().st_mtime_ns == written["sparse"]
+    assert weights["preference"].stat().st_mtime_ns != written["preference"]
+    assert manifest_of(run_folder, "preference")["fingerprint"] != before["preference"]
