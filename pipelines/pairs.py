@@ -36,7 +36,7 @@ from sparsight.storage import Storage
 from sparsight.teacher.load import TeacherSource, identify
 from sparsight.teacher.pair_maker import PairSettings
 from sparsight.teacher.pair_models import PairModels
-from sparsight.teacher.protocol import directory_digest
+from sparsight.teacher.protocol import TeacherIdentity, directory_digest
 
 KIND = "pairs"
 DROPPED_FILE = "dropped.parquet"
@@ -79,7 +79,8 @@ def make_pairs(config: RunConfig, student: StudentRun, before: ModelArtifact) ->
     run = RunDirectory(config.run_dir)
     if config.pairs.import_path is not None:
         import_pairs(run, Path(config.pairs.import_path), config.data)
-    artifact = pairs_artifact(config, student, before)
+    identity = identify(teacher_source(config, run))
+    artifact = _artifact(config, run, before, identity)
     if artifact.finished is not None:
         say(f"pairs: those of {student.name} are there")
         return artifact.storage, artifact.finished
@@ -105,7 +106,7 @@ def make_pairs(config: RunConfig, student: StudentRun, before: ModelArtifact) ->
     )
     done = run_job(job, resources, store, wanted)
     refused = refused_pairs(samples) if _imports(config) else []
-    return artifact.storage, _finish(config, artifact, store, wanted, refused, done)
+    return artifact.storage, _finish(config, artifact, store, wanted, refused, identity, done)
 
 
 def pairs_artifact(config: RunConfig, student: StudentRun, before: ModelArtifact) -> Artifact:
@@ -114,8 +115,10 @@ def pairs_artifact(config: RunConfig, student: StudentRun, before: ModelArtifact
     Raises `ArtifactError` where samples or teacher are not there.
     """
     run = RunDirectory(config.run_dir)
-    identity = identify(teacher_source(config, run))
-    content = pair_settings(config).content
+    return _artifact(config, run, before, identify(teacher_source(config, run)))
+
+
+def _artifact(config: RunConfig, run: RunDirectory, before: ModelArtifact, identity: TeacherIdentity) -> Artifact:
     inputs = {"teacher": identity.fingerprint}
     if config.pairs.import_path is not None:
         inputs["samples"] = imported_pairs(run, Path(config.pairs.import_path), config.data).fingerprint
@@ -124,6 +127,7 @@ def pairs_artifact(config: RunConfig, student: StudentRun, before: ModelArtifact
     inputs["student"] = before.fingerprint
     if config.pairs.judge_path is not None:
         inputs["judge"] = directory_digest(Path(config.pairs.judge_path))
+    content = pair_settings(config).content
     return run.artifact(layout.pairs_after(before.storage.uri), KIND, PAIRS_VERSION, content, inputs)
 
 
@@ -190,6 +194,7 @@ def _finish(
     store: RowStore,
     wanted: dict[str, bool],
     refused: Sequence[Quarantined],
+    identity: TeacherIdentity,
     done: Pass,
 ) -> Manifest:
     """Check that every question is accounted for, then write the manifest; `refused` never reached a worker."""
@@ -209,7 +214,6 @@ def _finish(
     table = pa.Table.from_pylist(store.gather(DROPPED), schema=DROPPED_SCHEMA)
     artifact.storage.write_bytes(DROPPED_FILE, encode_table(table))
     store.gather_quarantine(REFUSED, refused)
-    identity = identify(teacher_source(config, RunDirectory(config.run_dir)))
     details = {
         "judge": "imported" if _imports(config) else config.pairs.judge,
         "samples": pictures_of_pairs(config),

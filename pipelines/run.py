@@ -40,7 +40,7 @@ STAGES = (
     Stage("prepare", "import pictures and questions", prepare, ("samples",)),
     Stage("teacher", "make the teacher", make_teacher, (layout.TEACHER,)),
     Stage("label", "let the teacher label", label, (layout.SIGNALS,)),
-    Stage("distill", "distil the students", distill, (layout.FEATURES, "students")),
+    Stage("distill", "distil the students", distill, (layout.FEATURES, "pairs", "students")),
     Stage("export", "export the student and verify it", export, (layout.EXPORT,)),
     Stage("evaluate", "evaluate and write the report", evaluate, (layout.EVALUATION, layout.REPORT)),
 )
