@@ -18,11 +18,13 @@ RESULTS ?= runs/benchmarks
 ARGS ?=
 
 # Models come from local folders only; Ray sends no usage statistics, watches for no preemption on this one machine,
-# and its worker processes keep to their own cores.
+# looks at its training workers often enough that their checkpoints do not wait for it, and its worker processes keep to
+# their own cores.
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER := 0
+export RAY_TRAIN_HEALTH_CHECK_INTERVAL_S := 0.3
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export TOKENIZERS_PARALLELISM := false
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -42,7 +44,7 @@ serve: $(STAMP) ## answer over HTTP with the student of that run (CONFIG=…)
 	@$(BIN)/python -m serve_apps.app --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## all tests (ARGS='-k name')
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP) ## format, lint, types, and the design as tests
 	@$(BIN)/ruff format --check --quiet . || { echo "make format mends the layout of these files" >&2; exit 1; }

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 from pipelines.command import run_command
 from pipelines.label import teacher_source
 from pipelines.pairs import make_pairs, pairs_artifact
-from pipelines.training import START, finish_stage, save_model, stage_job
+from pipelines.train_worker import START, StageJob, save_model
+from pipelines.training import courses, stage_job, train
 from sparsight import layout
 from sparsight.artifacts import Artifact, Manifest, RunDirectory
 from sparsight.config import RunConfig, StageConfig, StudentConfig, StudentRun
 from sparsight.data.pairs import read_pairs
 from sparsight.data.samples import iter_samples, read_samples
 from sparsight.data.signals import iter_signals
-from sparsight.distill.batches import steps_of
 from sparsight.distill.pair_rows import PairRowMaker
 from sparsight.distill.rows import Row, RowMaker, TrainingRow, share_of
 from sparsight.distill.start import first_student
@@ -50,15 +50,20 @@ def distill(config: RunConfig) -> None:
     ended: dict[str | None, Artifact] = {}
     for student in config.distill.students:
         before = ended.get(student.start)
-        for stage in student.stages:
-            artifact = _artifact(data, student, stage, before)
-            name = f"{student.name}/{stage.name}"
-            if artifact.finished:
-                say(f"distill: {name} is there")
-            else:
-                say(f"distill: {name}")
-                _run_stage(data, student, stage, artifact, before)
-            before = ended[name] = artifact
+        for course in courses(student.stages):
+            start, open_stages = before, list[tuple[StageConfig, Artifact]]()
+            for stage in course:
+                artifact = _artifact(data, student, stage, before)
+                name = f"{student.name}/{stage.name}"
+                if artifact.finished:
+                    say(f"distill: {name} is there")
+                    start = artifact
+                else:
+                    say(f"distill: {name}")
+                    open_stages.append((stage, artifact))
+                before = ended[name] = artifact
+            if open_stages:
+                train(_jobs(data, student, open_stages, start), config.resources)
 
 
 @dataclass(frozen=True)
@@ -174,17 +179,23 @@ def _artifact(data: StageData, student: StudentRun, stage: StageConfig, before: 
     return data.run.artifact(layout.student_stage(student.name, stage.name), KIND, VERSION, settings, inputs)
 
 
-def _run_stage(
-    data: StageData, student: StudentRun, stage: StageConfig, artifact: Artifact, before: Artifact | None
-) -> None:
-    artifact.begin()
-    start = before.storage.child(layout.MODEL) if before is not None else _first_start(data, student, artifact.storage)
-    lesson = _lesson(data, student, stage, VisionLanguageModel.load(start.fetch()), before)
-    rows = share_of(lesson.rows, stage.share, data.config.seed)
-    steps = steps_of(len(rows), stage.batch_samples, stage.epochs, stage.steps)
-    features = lesson.samples.uri == data.samples_artifact[0].uri
-    job = stage_job(data.config, stage, start, artifact.storage, lesson.samples, lesson.vocabulary, features)
-    finish_stage(artifact, job, rows, steps, data.config)
+def _jobs(
+    data: StageData, student: StudentRun, stages: Sequence[tuple[StageConfig, Artifact]], before: Artifact | None
+) -> list[StageJob]:
+    """The stages as workers see them, each from the model that the one before will leave; their drafts are begun."""
+    for _, artifact in stages:
+        artifact.begin()
+    start = before.storage.child(layout.MODEL) if before is not None else _first_start(data, student, stages[0][1])
+    directory = start.fetch()
+    model = VisionLanguageModel.load(directory)
+    jobs: list[StageJob] = []
+    for stage, artifact in stages:
+        rows, samples, vocabulary = _lesson(data, student, stage, model, before)
+        rows = share_of(rows, stage.share, data.config.seed)
+        known = samples.uri == data.samples_artifact[0].uri
+        jobs.append(stage_job(data.config, stage, artifact, rows, start, samples, directory, vocabulary, known))
+        start = artifact.storage.child(layout.MODEL)
+    return jobs
 
 
 def _new_student(config: RunConfig, student: StudentRun) -> StudentConfig:
@@ -195,11 +206,11 @@ def _new_student(config: RunConfig, student: StudentRun) -> StudentConfig:
     return config.student.model_copy(update={"architecture": architecture})
 
 
-def _first_start(data: StageData, run: StudentRun, target: Storage) -> Storage:
+def _first_start(data: StageData, run: StudentRun, first: Artifact) -> Storage:
     """The dense student before its first stage, saved in the stage's draft."""
     student = first_student(_new_student(data.config, run), data.teacher_directory, data.config.seed)
-    save_model(student, target, START)
-    return target.child(START)
+    save_model(student, first.storage, START)
+    return first.storage.child(START)
 
 
 def _plan_lines(config: RunConfig) -> list[str]:

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipelines.command import run_command
-from pipelines.training import finish_stage, save_model, stage_job
+from pipelines.train_worker import StageJob, save_model
+from pipelines.training import courses, stage_job, train
 from sparsight import layout
 from sparsight.artifacts import MANIFEST, Artifact, RunDirectory
 from sparsight.config import RunConfig, StageConfig, TinyTeacherConfig
 from sparsight.data.samples import iter_samples, read_samples
-from sparsight.distill.batches import steps_of
 from sparsight.distill.rows import RowMaker, share_of
 from sparsight.errors import ConfigError
 from sparsight.media.images import DecodeLimits
@@ -53,10 +53,12 @@ def make_teacher(config: RunConfig) -> None:
     artifact.begin()
     tower = _tower(settings, config, samples, artifact.storage)
     before, figures = tower.storage, dict(_figures(tower))
-    for stage in settings.stages:
-        finished = _stage(config, stage, before, artifact, samples)
-        named = {f"{stage.name}_{name}": value for name, value in _figures(finished).items()}
-        before, figures = finished.storage, figures | named
+    for course in courses(settings.stages):
+        drafts = [(stage, _stage_artifact(config, stage, artifact)) for stage in course]
+        _train(config, drafts, before, samples)
+        for stage, finished in drafts:
+            figures |= {f"{stage.name}_{name}": value for name, value in _figures(finished).items()}
+            before = finished.storage
     artifact.storage.delete(layout.MODEL)
     artifact.storage.publish(before.fetch(layout.MODEL), layout.MODEL)
     artifact.commit(figures=figures)
@@ -116,22 +118,35 @@ def corpus(samples: Sequence[Sample]) -> Iterator[str]:
                 yield turn.answer
 
 
-def _stage(config: RunConfig, stage: StageConfig, before: Storage, teacher: Artifact, samples: Storage) -> Artifact:
-    """One training stage, in a folder of its own under the teacher's."""
+def _stage_artifact(config: RunConfig, stage: StageConfig, teacher: Artifact) -> Artifact:
+    """What one training stage leaves, in a folder of its own under the teacher's."""
     inputs = {"teacher": teacher.fingerprint}
-    artifact = Artifact(teacher.storage.child(stage.name), KIND, VERSION, {"stage": stage, "seed": config.seed}, inputs)
-    if artifact.finished:
-        return artifact
-    artifact.begin()
-    say(f"teacher: {stage.name}")
+    return Artifact(teacher.storage.child(stage.name), KIND, VERSION, {"stage": stage, "seed": config.seed}, inputs)
+
+
+def _train(
+    config: RunConfig, course: Sequence[tuple[StageConfig, Artifact]], before: Storage, samples: Storage
+) -> None:
+    """Train the stages of a course that are not finished; it starts from the model that `before` holds."""
+    for _, artifact in course:
+        if artifact.finished:
+            before = artifact.storage
+    unfinished = [(stage, artifact) for stage, artifact in course if not artifact.finished]
+    if not unfinished:
+        return
     start = before.child(layout.MODEL)
-    student = VisionLanguageModel.load(start.fetch())
+    directory = start.fetch()
+    student = VisionLanguageModel.load(directory)
     maker = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0])
-    rows = share_of(maker.answered(iter_samples(samples)), stage.share, config.seed)
-    steps = steps_of(len(rows), stage.batch_samples, stage.epochs, stage.steps)
-    job = stage_job(config, stage, start, artifact.storage, samples, vocabulary=None)
-    finish_stage(artifact, job, rows, steps, config)
-    return artifact
+    answered = maker.answered(iter_samples(samples))
+    jobs: list[StageJob] = []
+    for stage, artifact in unfinished:
+        say(f"teacher: {stage.name}")
+        artifact.begin()
+        rows = share_of(answered, stage.share, config.seed)
+        jobs.append(stage_job(config, stage, artifact, rows, start, samples, directory))
+        start = artifact.storage.child(layout.MODEL)
+    train(jobs, config.resources)
 
 
 def _plan_lines(config: RunConfig) -> list[str]:

@@ -71,6 +71,7 @@ class Artifact:
         self.schema_version = schema_version
         self.config_digest = digest(config)
         self.inputs = dict(inputs)
+        self.code_revision = code_revision()  # of the process that asks for it: a worker may lack the checkout
         self.fingerprint = digest([kind, schema_version, self.config_digest, self.inputs])
 
     @property
@@ -105,7 +106,7 @@ class Artifact:
             fingerprint=self.fingerprint,
             config_digest=self.config_digest,
             inputs=self.inputs,
-            code_revision=code_revision(),
+            code_revision=self.code_revision,
             counts=dict(counts or {}),
             figures=dict(figures or {}),
             details=dict(details or {}),

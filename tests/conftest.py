@@ -1,7 +1,4 @@
-"""What every test may use: a real S3 server on the loopback, a small Ray cluster for a module.
-
-Fixtures of one folder live in that folder's conftest.
-"""
+"""What every test may use: a real S3 server on the loopback. Fixtures of one folder live in that folder's conftest."""
 
 import itertools
 import os
@@ -9,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import boto3
 import pytest
@@ -49,26 +45,3 @@ def new_bucket(s3_server: str) -> Callable[[], str]:
         return name
 
     return create
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray cluster of four logical CPUs in this process, shut down after the module."""
-    import ray  # most tests need no cluster and should not wait for this import
-
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="warning")
-    processes = _processes_of_ray()
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        for process in processes:
-            process.wait(timeout=60)
-
-
-def _processes_of_ray() -> list[Any]:
-    """What `ray.init` has started: it ends them without waiting, and Python warns of a process that it still sees."""
-    from ray._private.worker import _global_node
-
-    assert _global_node is not None
-    return [info.process for group in _global_node.all_processes.values() for info in group]

@@ -23,16 +23,16 @@ ROWS = 24
 VOCABULARY = 300
 
 
-def configuration(run_dir: str, stage: Mapping[str, Any], **student: Any) -> RunConfig:
-    """One student of one stage; `student` are fields of `StudentConfig`."""
+def configuration(run_dir: str, *stages: Mapping[str, Any], **student: Any) -> RunConfig:
+    """One student of these stages; `student` are fields of `StudentConfig`."""
     architecture = SMALL.model_dump()
     return RunConfig.model_validate(
         {
             "run_dir": run_dir,
             "data": {"sources": [{"kind": "scenes", "size_pixels": 32}]},
-            "teacher": {"kind": "tiny", "architecture": architecture, "stages": [{**stage, "upcycle": None}]},
+            "teacher": {"kind": "tiny", "architecture": architecture, "stages": [{**stages[0], "upcycle": None}]},
             "student": {"architecture": architecture, **student},
-            "distill": {"students": [{"name": "student", "stages": [stage]}]},
+            "distill": {"students": [{"name": "student", "stages": list(stages)}]},
         }
     )
 

@@ -201,8 +201,7 @@ def kill_worker(config: RunConfig, run_dir: Path, files: int) -> None:
     with ThreadPoolExecutor(1) as pool:
         work = pool.submit(label, config)
         wait_until(lambda: written_files(run_dir) > before, "a new file", lambda: not work.done())
-        victims = children_named(WORKER)
-        assert victims
+        victims = wait_until(lambda: children_named(WORKER), "a worker at work", lambda: not work.done())
         assert written_files(run_dir) < files, "labelling was over before the worker was killed"
         os.kill(victims[0], signal.SIGKILL)
         work.result(DEADLINE_S)

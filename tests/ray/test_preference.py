@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from pipelines.distill import distill
+from pipelines.pairs import pairs_artifact
+from sparsight.artifacts import Artifact, RunDirectory
 from sparsight.config import RunConfig
 from sparsight.model.export import verify_transformers
 from sparsight.model.routing import routers
@@ -75,14 +77,19 @@ def test_the_preferring_student_loads_in_plain_transformers(run_folder: Path) ->
     assert list(routers(model)) == [0]
 
 
-def test_other_pairs_are_another_preference_stage_after_the_same_student(run_folder: Path) -> None:
+def test_a_finished_student_is_left_alone_and_other_pairs_would_teach_it_anew(run_folder: Path) -> None:
     stages = ("sparse", "preference")
-    weights = {stage: run_folder / "students/student" / stage / "model/model.safetensors" for stage in stages}
-    before = {stage: manifest_of(run_folder, stage)["fingerprint"] for stage in stages}
-    written = {stage: path.stat().st_mtime_ns for stage, path in weights.items()}
+    weights = [run_folder / "students/student" / stage / "model/model.safetensors" for stage in stages]
+    written = [path.stat().st_mtime_ns for path in weights]
     distill(config_of(run_folder))
-    assert {stage: path.stat().st_mtime_ns for stage, path in weights.items()} == written
-    distill(config_of(run_folder, min_margin=0.2))
-    assert weights["sparse"].stat().st_mtime_ns == written["sparse"]
-    assert weights["preference"].stat().st_mtime_ns != written["preference"]
-    assert manifest_of(run_folder, "preference")["fingerprint"] != before["preference"]
+    assert [path.stat().st_mtime_ns for path in weights] == written
+    assert pairs_of(config_of(run_folder)) == manifest_of(run_folder, "preference")["inputs"]["pairs"]
+    assert pairs_of(config_of(run_folder, min_margin=0.2)) != pairs_of(config_of(run_folder))
+
+
+def pairs_of(config: RunConfig) -> str:
+    """The fingerprint of the pairs that the finished sparse student answers for."""
+    sparse = Artifact(RunDirectory(config.run_dir).storage.child("students/student/sparse"), "model", 1, {}, {})
+    finished = sparse.storage.read_bytes("manifest.json")
+    sparse.fingerprint = json.loads(finished)["fingerprint"]
+    return pairs_artifact(config, config.distill.students[0], sparse).fingerprint

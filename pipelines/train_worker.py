@@ -1,0 +1,173 @@
+"""What a Ray Train worker does: the stages that it is given, one after another, each ending as a finished artefact.
+
+Checkpoints hold the stage's name beside its state, so a worker group that is started again, after a worker or the
+driver died, continues in the stage that was cut short. What a step computes is `sparsight.distill.loop`; the driver's
+side is `pipelines.training`.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import get_device
+
+from sparsight import layout
+from sparsight.artifacts import Artifact
+from sparsight.config import StageConfig
+from sparsight.data.samples import iter_samples
+from sparsight.distill.loop import StageTrainer
+from sparsight.distill.pictures import FeaturePictures, Pictures, PixelPictures
+from sparsight.distill.rows import Row
+from sparsight.media.images import DecodeLimits
+from sparsight.model.parameters import activated_parameters, total_parameters
+from sparsight.model.upcycle import upcycle
+from sparsight.model.vision_language import VisionLanguageModel
+from sparsight.observe import MetricsWriter
+from sparsight.storage import LocalStorage, Storage, open_storage
+
+START = "start"
+METRICS = "metrics.jsonl"
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """Everything that a worker needs to train one stage. Plain data: it travels. Places are storage URIs."""
+
+    artifact: Artifact
+    """The stage's draft."""
+    stage: StageConfig
+    rows: Sequence[Row]
+    start: str
+    """The model directory that the stage starts from, before up-cycling."""
+    samples: str
+    """The samples that hold the rows' pictures."""
+    features: str | None
+    """The feature table; None computes features from the samples' pictures in the step."""
+    seed: int
+    vocabulary: int | None
+    limits: DecodeLimits
+    threads: int
+    gpu: bool
+
+    def trainer(self) -> StageTrainer:
+        student = VisionLanguageModel.load(open_storage(self.start).fetch())
+        if self.stage.upcycle is not None:
+            student = upcycle(student, self.stage.upcycle, self.seed)
+        pictures = self._pictures(student)
+        student.model.to(get_device() if self.gpu else "cpu")
+        return StageTrainer(student, self.stage, self.rows, pictures, self.seed, self.vocabulary)
+
+    def _pictures(self, student: VisionLanguageModel) -> Pictures:
+        if self.features is not None:
+            return FeaturePictures(open_storage(self.features))
+        samples = iter_samples(open_storage(self.samples))
+        return PixelPictures(samples, student.pixels, *self.limits)
+
+
+def train_stages(jobs: Sequence[StageJob]) -> None:
+    """Train the stages in turn; the first worker commits each one's artefact."""
+    number, state = _last_checkpoint(jobs)
+    for job in jobs[number:]:
+        if not job.artifact.finished:  # by the workers before these, after the last checkpoint that they could leave
+            _train_stage(job, state)
+        state = None
+
+
+def _last_checkpoint(jobs: Sequence[StageJob]) -> tuple[int, dict[str, Any] | None]:
+    """Which stage to continue and in what state: the run's last checkpoint, else the first stage anew."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0, None
+    with checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder) / STATE, map_location="cpu")
+    names = [job.stage.name for job in jobs]
+    return (names.index(state["stage"]), state["trainer"]) if state["stage"] in names else (0, None)
+
+
+def _train_stage(job: StageJob, state: dict[str, Any] | None) -> None:
+    started_s = time.monotonic()
+    torch.set_num_threads(job.threads)
+    trainer = job.trainer()
+    if state is not None:
+        trainer.load_state_dict(state)
+    first = ray.train.get_context().get_world_rank() == 0
+    with _StageFiles(job.artifact.storage, trainer.step, first) as files:
+        while not trainer.done:
+            metrics = trainer.train_step()
+            files.write(trainer.step, metrics)
+            if trainer.step % job.stage.checkpoint_every_steps == 0 and not trainer.done:
+                files.publish()
+                _report(job, trainer, metrics)
+        files.save(trainer.student)
+    figures: dict[str, float] = {
+        "steps": trainer.step,
+        "activated_parameters": activated_parameters(trainer.student),
+        "total_parameters": total_parameters(trainer.student),
+    }
+    _report(job, trainer, figures)  # all workers wait here: the next stage starts from the model just saved
+    if first:
+        tokens = sum(len(row.positions_n) for row in job.rows)
+        counts = {"rows": len(job.rows), "response_tokens": tokens, "steps": trainer.step}
+        figures["train_s"] = time.monotonic() - started_s
+        job.artifact.commit(counts, figures, {"stage": job.stage.name})
+        job.artifact.storage.delete(START)
+
+
+def _report(job: StageJob, trainer: StageTrainer, metrics: dict[str, Any]) -> None:
+    """A checkpoint of the first worker, which all workers wait for."""
+    if ray.train.get_context().get_world_rank() > 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"stage": job.stage.name, "trainer": trainer.state_dict()}, Path(folder) / STATE)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+class _StageFiles:
+    """The first worker's metrics and model. On an object store they are kept in a local folder and published."""
+
+    def __init__(self, storage: Storage, step: int, first: bool) -> None:
+        self._storage = storage
+        self._first = first
+        self._scratch = tempfile.TemporaryDirectory()
+        local = isinstance(storage, LocalStorage)
+        self._folder = storage.root if isinstance(storage, LocalStorage) else Path(self._scratch.name)
+        if first and not local and storage.exists(METRICS):
+            (self._folder / METRICS).write_bytes(storage.read_bytes(METRICS))
+        self._metrics = MetricsWriter(self._folder, step) if first else None
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(step, metrics)
+
+    def publish(self) -> None:
+        if self._first and not isinstance(self._storage, LocalStorage):
+            self._storage.publish(self._folder, "")
+
+    def save(self, student: VisionLanguageModel) -> None:
+        if self._first:
+            self.publish()
+            save_model(student, self._storage, layout.MODEL)
+
+    def __enter__(self) -> "_StageFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        self._scratch.cleanup()
+
+
+def save_model(model: VisionLanguageModel, target: Storage, key: str) -> None:
+    """The model's directory under a key, in place of what is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        target.delete(key)
+        target.publish(Path(folder), key)
