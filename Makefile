@@ -4,7 +4,7 @@
 SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: demo serve test check format docs bench clean help
+.PHONY: demo serve test check format docs bench reproduce-mod clean help
 
 # The first Python that is new enough; override with `make PYTHON=…`.
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
@@ -35,7 +35,7 @@ export RAY_AUTH_MODE ?= token
 endif
 
 help: ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)$$/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
 
 demo: $(STAMP) ## teacher, labels, sparse student, report (CONFIG=…, ARGS='--set a.b=c')
 	@$(BIN)/python -m pipelines.run --config $(CONFIG) $(ARGS)
@@ -63,6 +63,9 @@ bench: $(STAMP) ## every benchmark; figures as JSON under RESULTS
 	@for file in $$(grep -lE '^if __name__' benchmarks/*.py); do name=$$(basename $$file .py); \
 		echo "benchmarks.$$name"; \
 		$(BIN)/python -m benchmarks.$$name --json $(RESULTS)/$$name.json || exit 1; done
+
+reproduce-mod: $(STAMP) ## LLaVA-MoD's comparisons over three seeds, docs/results (ARGS='--seeds 3')
+	@$(BIN)/python -m pipelines.reproduce --config configs/mod.yaml $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
 	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info

@@ -53,7 +53,7 @@ def distill(config: RunConfig) -> None:
         for course in courses(student.stages):
             start, open_stages = before, list[tuple[StageConfig, Artifact]]()
             for stage in course:
-                artifact = _artifact(data, student, stage, before)
+                artifact = stage_artifact(data, student, stage, before)
                 name = f"{student.name}/{stage.name}"
                 if artifact.finished:
                     say(f"distill: {name} is there")
@@ -153,7 +153,7 @@ def _lesson(
     return Lesson(maker.rows(read_pairs(pairs)), samples, known if known < student.head_VD.shape[0] else None)
 
 
-def _artifact(data: StageData, student: StudentRun, stage: StageConfig, before: Artifact | None) -> Artifact:
+def stage_artifact(data: StageData, student: StudentRun, stage: StageConfig, before: Artifact | None) -> Artifact:
     """The stage's artefact: its fingerprint covers the stage, what it starts from and what it reads."""
     config = data.config
     settings: dict[str, Any] = {

@@ -169,7 +169,7 @@ def test_a_killed_driver_and_a_killed_worker_leave_the_same_rows(
 ) -> None:
     """First the driver is killed; then the same command continues, without a damaged file, and loses a worker."""
     config_file = tmp_path_factory.mktemp("config") / "run.yaml"
-    config_file.write_text(dump(run_config(fresh_run, workers=2)))
+    config_file.write_text(dump(run_config(fresh_run, workers=1)))
     kill_driver(config_file, fresh_run)
     folder = fresh_run / "signals"
     assert not (folder / MANIFEST).exists()

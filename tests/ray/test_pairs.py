@@ -196,7 +196,7 @@ def test_a_killed_driver_changes_nothing(inputs: Path, whole_run: Path, tmp_path
     run_dir = tmp_path / "run"
     shutil.copytree(inputs, run_dir)
     config = run_config(run_dir, workers=2, batch_prompts=2)
-    (tmp_path / "config.yaml").write_text(dump(config))
+    (tmp_path / "config.yaml").write_text(dump(run_config(run_dir, batch_prompts=2)))
     kill_driver(tmp_path / "config.yaml", run_dir)
     assert not (run_dir / PLACE / MANIFEST).exists()
     left = {path: path.stat().st_mtime_ns for path in files_of(run_dir)}

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
-from pipelines.distill import distill
+from pipelines.distill import StageData, distill, stage_artifact
 from pipelines.pairs import pairs_artifact
 from sparsight.artifacts import Artifact, RunDirectory
-from sparsight.config import RunConfig
+from sparsight.config import RunConfig, UpcycleConfig
+from sparsight.distill.start import first_student
 from sparsight.model.export import verify_transformers
 from sparsight.model.routing import routers
+from sparsight.model.upcycle import upcycle
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import read_metrics
 from tests.labelled_run import configuration, write_inputs
@@ -49,9 +51,17 @@ def config_of(folder: Path, **pairs: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student that a random model stands for, up to its preference stage, and that stage."""
     folder = tmp_path_factory.mktemp("preference")
     write_inputs(str(folder))
-    distill(config_of(folder))
+    config = config_of(folder)
+    [student] = config.distill.students
+    mimic = stage_artifact(StageData(config), student, student.stages[0], None)
+    mimic.begin()
+    dense = first_student(config.student, folder / "teacher/model", seed=1)
+    upcycle(dense, UpcycleConfig(experts=4, active_experts=2), seed=2).save(mimic.storage.fetch() / "model")
+    mimic.commit()
+    distill(config)
     return folder
 
 
