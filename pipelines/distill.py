@@ -6,7 +6,7 @@ Run as `python -m pipelines.distill --config FILE`.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from pipelines.command import run_command
 from pipelines.label import teacher_source
 from pipelines.pairs import make_pairs, pairs_artifact
 from pipelines.train_worker import START, StageJob, save_model
-from pipelines.training import courses, stage_job, train
+from pipelines.training import stage_job, train, waits_for
 from sparsight import layout
 from sparsight.artifacts import Artifact, Manifest, RunDirectory
 from sparsight.config import RunConfig, StageConfig, StudentConfig, StudentRun
@@ -48,22 +48,33 @@ def distill(config: RunConfig) -> None:
     """
     data = StageData(config)
     ended: dict[str | None, Artifact] = {}
+    waiting: dict[str, OpenStage] = {}
     for student in config.distill.students:
         before = ended.get(student.start)
-        for course in courses(student.stages):
-            start, open_stages = before, list[tuple[StageConfig, Artifact]]()
-            for stage in course:
-                artifact = stage_artifact(data, student, stage, before)
-                name = f"{student.name}/{stage.name}"
-                if artifact.finished:
-                    say(f"distill: {name} is there")
-                    start = artifact
-                else:
-                    say(f"distill: {name}")
-                    open_stages.append((stage, artifact))
-                before = ended[name] = artifact
-            if open_stages:
-                train(_jobs(data, student, open_stages, start), config.resources)
+        for stage in student.stages:
+            artifact = stage_artifact(data, student, stage, before)
+            name = f"{student.name}/{stage.name}"
+            if artifact.finished:
+                say(f"distill: {name} is there")
+            else:
+                last = waiting.get(before.storage.uri) if before is not None else None
+                if last is not None and waits_for(stage, last.stage):
+                    train(_jobs(data, waiting), config.resources)
+                    waiting = {}
+                say(f"distill: {name}")
+                waiting[artifact.storage.uri] = OpenStage(student, stage, artifact, before)
+            before = ended[name] = artifact
+    if waiting:
+        train(_jobs(data, waiting), config.resources)
+
+
+class OpenStage(NamedTuple):
+    """A stage that is not finished, and the one that it continues."""
+
+    student: StudentRun
+    stage: StageConfig
+    artifact: Artifact
+    before: Artifact | None
 
 
 @dataclass(frozen=True)
@@ -100,8 +111,20 @@ class StageData:
     def teacher_fingerprint(self) -> str:
         return identify(teacher_source(self.config, self.run)).model
 
+    @cached_property
+    def _rows(self) -> dict[tuple[str, bool, str], list[TrainingRow]]:
+        return {}
+
     def rows(self, stage: StageConfig, student: VisionLanguageModel) -> list[TrainingRow]:
-        """The stage's rows as this student reads them."""
+        """The stage's rows as this student reads them; stages that read the same share them."""
+        key = (stage.rows, stage.terms.forward_kl > 0, student.chat.tokenizer_fingerprint)
+        if key not in self._rows:
+            self._rows[key] = self._make_rows(stage, student)
+        if stage.terms.forward_kl > 0:
+            self._check_tail(stage)
+        return self._rows[key]
+
+    def _make_rows(self, stage: StageConfig, student: VisionLanguageModel) -> list[TrainingRow]:
         samples = self.samples
         if stage.rows == "ground_truth":
             samples = [sample for sample in samples if sample.has_ground_truth]
@@ -109,14 +132,12 @@ class StageData:
         maker = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0], same)
         if stage.terms.forward_kl == 0:
             return maker.answered(samples)
-        self._check_signals(stage, maker)
+        maker.check_tokenizer(self.signals_artifact[1].details.get("tokenizer_fingerprint"))
         wanted = {sample.id for sample in samples}
         return maker.labelled(samples, [signal for signal in self.signals if signal.id in wanted])
 
-    def _check_signals(self, stage: StageConfig, maker: RowMaker) -> None:
-        details = self.signals_artifact[1].details
-        maker.check_tokenizer(details.get("tokenizer_fingerprint"))
-        if stage.tail == "sampled" and details.get("tail_samples", 0) == 0:
+    def _check_tail(self, stage: StageConfig) -> None:
+        if stage.tail == "sampled" and self.signals_artifact[1].details.get("tail_samples", 0) == 0:
             raise ConfigError(
                 f"stage '{stage.name}' uses the sampled tail, but the signals hold none: set its tail to 'bucket', or "
                 "label.tail_samples above 0 and label again"
@@ -179,22 +200,24 @@ def stage_artifact(data: StageData, student: StudentRun, stage: StageConfig, bef
     return data.run.artifact(layout.student_stage(student.name, stage.name), KIND, VERSION, settings, inputs)
 
 
-def _jobs(
-    data: StageData, student: StudentRun, stages: Sequence[tuple[StageConfig, Artifact]], before: Artifact | None
-) -> list[StageJob]:
-    """The stages as workers see them, each from the model that the one before will leave; their drafts are begun."""
-    for _, artifact in stages:
-        artifact.begin()
-    start = before.storage.child(layout.MODEL) if before is not None else _first_start(data, student, stages[0][1])
-    directory = start.fetch()
-    model = VisionLanguageModel.load(directory)
+def _jobs(data: StageData, stages: Mapping[str, OpenStage]) -> list[StageJob]:
+    """The stages, by place, as workers see them; their drafts are begun.
+
+    A stage may start from the model that another one of them will leave. What its rows and features depend on, picture
+    settings, tokenizer and tower, is the same in the directory that this one starts from.
+    """
+    for opened in stages.values():
+        opened.artifact.begin()
+    directories: dict[str, Path] = {}
     jobs: list[StageJob] = []
-    for stage, artifact in stages:
-        rows, samples, vocabulary = _lesson(data, student, stage, model, before)
+    for place, (student, stage, artifact, before) in stages.items():
+        start = before.storage.child(layout.MODEL) if before is not None else _first_start(data, student, artifact)
+        known = directories.get(before.storage.uri) if before is not None else None
+        directory = directories[place] = known or start.fetch()
+        rows, samples, vocabulary = _lesson(data, student, stage, VisionLanguageModel.load(directory), before)
         rows = share_of(rows, stage.share, data.config.seed)
-        known = samples.uri == data.samples_artifact[0].uri
-        jobs.append(stage_job(data.config, stage, artifact, rows, start, samples, directory, vocabulary, known))
-        start = artifact.storage.child(layout.MODEL)
+        has_features = samples.uri == data.samples_artifact[0].uri
+        jobs.append(stage_job(data.config, stage, artifact, rows, start, samples, directory, vocabulary, has_features))
     return jobs
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipelines.command import run_command
 from pipelines.train_worker import StageJob, save_model
-from pipelines.training import courses, stage_job, train
+from pipelines.training import stage_job, train, waits_for
 from sparsight import layout
 from sparsight.artifacts import MANIFEST, Artifact, RunDirectory
 from sparsight.config import RunConfig, StageConfig, TinyTeacherConfig
@@ -53,12 +53,11 @@ def make_teacher(config: RunConfig) -> None:
     artifact.begin()
     tower = _tower(settings, config, samples, artifact.storage)
     before, figures = tower.storage, dict(_figures(tower))
-    for course in courses(settings.stages):
-        drafts = [(stage, _stage_artifact(config, stage, artifact)) for stage in course]
-        _train(config, drafts, before, samples)
-        for stage, finished in drafts:
-            figures |= {f"{stage.name}_{name}": value for name, value in _figures(finished).items()}
-            before = finished.storage
+    stages = [(stage, _stage_artifact(config, stage, artifact)) for stage in settings.stages]
+    _train(config, stages, before, samples)
+    for stage, finished in stages:
+        figures |= {f"{stage.name}_{name}": value for name, value in _figures(finished).items()}
+        before = finished.storage
     artifact.storage.delete(layout.MODEL)
     artifact.storage.publish(before.fetch(layout.MODEL), layout.MODEL)
     artifact.commit(figures=figures)
@@ -125,28 +124,30 @@ def _stage_artifact(config: RunConfig, stage: StageConfig, teacher: Artifact) ->
 
 
 def _train(
-    config: RunConfig, course: Sequence[tuple[StageConfig, Artifact]], before: Storage, samples: Storage
+    config: RunConfig, stages: Sequence[tuple[StageConfig, Artifact]], before: Storage, samples: Storage
 ) -> None:
-    """Train the stages of a course that are not finished; it starts from the model that `before` holds."""
-    for _, artifact in course:
-        if artifact.finished:
-            before = artifact.storage
-    unfinished = [(stage, artifact) for stage, artifact in course if not artifact.finished]
-    if not unfinished:
-        return
-    start = before.child(layout.MODEL)
-    directory = start.fetch()
-    student = VisionLanguageModel.load(directory)
-    maker = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0])
+    """Train the stages that are not finished; the first starts from the model that `before` holds."""
+    directory = before.fetch(layout.MODEL)
+    model = VisionLanguageModel.load(directory)
+    maker = RowMaker(model.chat, model.visual_tokens, model.head_VD.shape[0])
     answered = maker.answered(iter_samples(samples))
-    jobs: list[StageJob] = []
-    for stage, artifact in unfinished:
+    waiting: list[StageJob] = []
+    for stage, artifact in stages:
+        start = before.child(layout.MODEL)
+        before = artifact.storage
+        if artifact.finished:
+            continue
+        if waiting and waits_for(stage, waiting[-1].stage):
+            train(waiting, config.resources)
+            waiting = []
+        if not waiting:
+            directory = start.fetch()  # its tower is that of all that wait
         say(f"teacher: {stage.name}")
         artifact.begin()
         rows = share_of(answered, stage.share, config.seed)
-        jobs.append(stage_job(config, stage, artifact, rows, start, samples, directory))
-        start = artifact.storage.child(layout.MODEL)
-    train(jobs, config.resources)
+        waiting.append(stage_job(config, stage, artifact, rows, start, samples, directory))
+    if waiting:
+        train(waiting, config.resources)
 
 
 def _plan_lines(config: RunConfig) -> list[str]:

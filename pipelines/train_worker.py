@@ -1,6 +1,6 @@
 """What a Ray Train worker does: the stages that it is given, one after another, each ending as a finished artefact.
 
-Checkpoints hold the stage's name beside its state, so a worker group that is started again, after a worker or the
+Checkpoints hold the stage's place beside its state, so a worker group that is started again, after a worker or the
 driver died, continues in the stage that was cut short. What a step computes is `sparsight.distill.loop`; the driver's
 side is `pipelines.training`.
 """
@@ -87,8 +87,8 @@ def _last_checkpoint(jobs: Sequence[StageJob]) -> tuple[int, dict[str, Any] | No
         return 0, None
     with checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / STATE, map_location="cpu")
-    names = [job.stage.name for job in jobs]
-    return (names.index(state["stage"]), state["trainer"]) if state["stage"] in names else (0, None)
+    places = [job.artifact.storage.uri for job in jobs]
+    return (places.index(state["stage"]), state["trainer"]) if state["stage"] in places else (0, None)
 
 
 def _train_stage(job: StageJob, state: dict[str, Any] | None) -> None:
@@ -126,7 +126,7 @@ def _report(job: StageJob, trainer: StageTrainer, metrics: dict[str, Any]) -> No
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({"stage": job.stage.name, "trainer": trainer.state_dict()}, Path(folder) / STATE)
+        torch.save({"stage": job.artifact.storage.uri, "trainer": trainer.state_dict()}, Path(folder) / STATE)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 

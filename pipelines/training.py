@@ -1,9 +1,9 @@
 """Training on Ray Train, the driver's side: worker groups around stages, and the bar that follows them.
 
-Starting workers takes longer than many a stage, so the stages of a course share one group of them. A worker that dies
-is replaced and continues from the last checkpoint; a driver that died and runs again finds the same checkpoints under
-the course's last artefact. The workers' side is `pipelines.train_worker`. Called by the teacher and distillation
-pipelines.
+Starting workers takes longer than many a stage, so stages share one group of them as far as they can (`waits_for`). A
+worker that dies is replaced and continues from the last checkpoint; a driver that died and runs again finds the same
+checkpoints under the last stage's artefact. The workers' side is `pipelines.train_worker`. Called by the teacher and
+distillation pipelines.
 """
 
 import json
@@ -36,14 +36,10 @@ _SNAPSHOT = "checkpoint_manager_snapshot.json"
 _POLL_S = 0.5
 
 
-def courses(stages: Sequence[StageConfig]) -> list[list[StageConfig]]:
-    """The stages, cut before those that need something made first: pairs, or features of a tower that was trained."""
-    found: list[list[StageConfig]] = []
-    for stage in stages:
-        if not found or stage.rows == "pairs" or "tower" in found[-1][-1].trainable:
-            found.append([])
-        found[-1].append(stage)
-    return found
+def waits_for(stage: StageConfig, before: StageConfig) -> bool:
+    """Whether the model of the stage before must be there before the workers of this one start: pairs are made with it,
+    or features with the tower that it trained."""
+    return stage.rows == "pairs" or "tower" in before.trainable
 
 
 def stage_job(
@@ -80,7 +76,7 @@ def stage_job(
 
 
 def train(jobs: Sequence[StageJob], resources: ResourcesConfig) -> None:
-    """Train a course's unfinished stages; each becomes a finished artefact with its last step.
+    """Train stages in turn with one group of workers; each becomes a finished artefact with its last step.
 
     Raises `SparsightError` where the cluster lacks what the workers ask for, and a worker's own `SparsightError`.
     """
