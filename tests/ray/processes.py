@@ -1,8 +1,12 @@
-"""Processes that a test's own cluster started: finding them, to kill one, and waiting for what they bring about."""
+"""Processes that a test started: finding them, killing them, and waiting for what they bring about."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,3 +59,18 @@ def wait_until(condition: Callable[[], Value], what: str, working: Callable[[], 
         assert going, f"ended before {what}"
         assert time.monotonic() < deadline_s, f"{what}: not within {DEADLINE_S:g} s"
         time.sleep(POLL_S)
+
+
+def kill_driver(module: str, config: Path, condition: Callable[[], object], what: str) -> None:
+    """Run a pipeline in a process of its own; kill it once the condition holds, then what its cluster leaves."""
+    command = [sys.executable, "-m", module, "--config", str(config)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(condition, what, lambda: driver.poll() is None)
+    family = children_named("", driver.pid)
+    driver.kill()
+    driver.wait()
+    for process in family:
+        with suppress(ProcessLookupError):  # the driver may have taken it along
+            os.kill(process, signal.SIGKILL)
+    wait_until(lambda: not any(map(alive, family)), "the killed driver's cluster ends")

@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ from sparsight.config import RunConfig, dump
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import read_metrics
 from tests.labelled_run import ROWS, configuration, write_inputs
-from tests.ray.processes import DEADLINE_S, alive, children_named, wait_until
+from tests.ray.processes import DEADLINE_S, children_named, kill_driver, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -86,7 +83,7 @@ def test_a_killed_driver_and_a_killed_worker_cost_nothing_but_time(undisturbed: 
     config = configuration(str(tmp_path), DENSE, SPARSE)
     (tmp_path / "config.yaml").write_text(dump(config))
     dense, sparse = (tmp_path / "students/student" / name for name in ("dense", "sparse"))
-    kill_driver(tmp_path / "config.yaml", sparse)
+    kill_driver("pipelines.distill", tmp_path / "config.yaml", lambda: last_checkpoint(sparse), "the first checkpoint")
     assert not (sparse / "manifest.json").exists()
     early = read_metrics(dense / "metrics.jsonl")[:EVERY]
     kill_worker(config, sparse)
@@ -97,21 +94,6 @@ def test_a_killed_driver_and_a_killed_worker_cost_nothing_but_time(undisturbed: 
         assert_same_weights(stage, undisturbed.parent / stage.name)
     again = read_metrics(dense / "metrics.jsonl")[:EVERY]
     assert again == early  # with the times at which they were written: these steps were not taken again
-
-
-def kill_driver(config: Path, stage: Path) -> None:
-    """Run in a process of its own; kill that after the first checkpoint, then what its cluster leaves."""
-    command = [sys.executable, "-m", "pipelines.distill", "--config", str(config)]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: last_checkpoint(stage), "the first checkpoint", lambda: driver.poll() is None)
-    family = children_named("", driver.pid)
-    driver.kill()
-    driver.wait()
-    for process in family:
-        with suppress(ProcessLookupError):  # the driver may have taken it along
-            os.kill(process, signal.SIGKILL)
-    wait_until(lambda: not any(map(alive, family)), "the killed driver's cluster ends")
 
 
 def kill_worker(config: RunConfig, stage: Path) -> None:

@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +24,7 @@ from sparsight.media.images import encode_png
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.records import Sample, TeacherSignal, Turn
 from tests.quarantine import read_quarantine
-from tests.ray.processes import DEADLINE_S, children_named, wait_until
+from tests.ray.processes import DEADLINE_S, children_named, kill_driver, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -170,7 +168,7 @@ def test_a_killed_driver_and_a_killed_worker_leave_the_same_rows(
     """First the driver is killed; then the same command continues, without a damaged file, and loses a worker."""
     config_file = tmp_path_factory.mktemp("config") / "run.yaml"
     config_file.write_text(dump(run_config(fresh_run, workers=1)))
-    kill_driver(config_file, fresh_run)
+    kill_driver("pipelines.label", config_file, lambda: written_files(fresh_run) > 1, "the second file")
     folder = fresh_run / "signals"
     assert not (folder / MANIFEST).exists()
     damaged, *good = sorted(folder.glob("part-*.parquet"))
@@ -180,19 +178,6 @@ def test_a_killed_driver_and_a_killed_worker_leave_the_same_rows(
     kill_worker(run_config(fresh_run, workers=2), fresh_run, written_files(whole_run))
     assert {path: path.stat().st_mtime_ns for path in good} == kept, "rows that were there were labelled again"
     assert_same_rows(fresh_run, whole_run)
-
-
-def kill_driver(config_file: Path, run_dir: Path) -> None:
-    """Label in a process of its own, and kill that as soon as there are two files."""
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.label", "--config", str(config_file)],
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_until(lambda: written_files(run_dir) > 1, "the second file", lambda: driver.poll() is None)
-    driver.kill()
-    driver.wait()
 
 
 def kill_worker(config: RunConfig, run_dir: Path, files: int) -> None:

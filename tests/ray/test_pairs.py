@@ -1,12 +1,7 @@
 """Pair making on Ray Data: every question accounted for, the same pairs after kills, none about a picture of a test."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +26,7 @@ from sparsight.model.upcycle import upcycle
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.records import PreferencePair, Sample, Turn
 from tests.quarantine import read_quarantine
-from tests.ray.processes import alive, children_named, wait_until
+from tests.ray.processes import kill_driver
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -197,7 +192,7 @@ def test_a_killed_driver_changes_nothing(inputs: Path, whole_run: Path, tmp_path
     shutil.copytree(inputs, run_dir)
     config = run_config(run_dir, workers=2, batch_prompts=2)
     (tmp_path / "config.yaml").write_text(dump(run_config(run_dir, batch_prompts=2)))
-    kill_driver(tmp_path / "config.yaml", run_dir)
+    kill_driver("pipelines.pairs", tmp_path / "config.yaml", lambda: files_of(run_dir), "the first file")
     assert not (run_dir / PLACE / MANIFEST).exists()
     left = {path: path.stat().st_mtime_ns for path in files_of(run_dir)}
     assert 0 < len(left) < len(files_of(whole_run)), "pair making was over before the kill"
@@ -208,21 +203,6 @@ def test_a_killed_driver_changes_nothing(inputs: Path, whole_run: Path, tmp_path
 
 def files_of(run_dir: Path) -> list[Path]:
     return sorted((run_dir / PLACE).glob("part-*.parquet"))
-
-
-def kill_driver(config: Path, run_dir: Path) -> None:
-    """Make pairs in a process of its own; kill that after its first file, then what its cluster leaves."""
-    command = [sys.executable, "-m", "pipelines.pairs", "--config", str(config)]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: files_of(run_dir), "the first file", lambda: driver.poll() is None)
-    family = children_named("", driver.pid)
-    driver.kill()
-    driver.wait()
-    for process in family:
-        with suppress(ProcessLookupError):  # the driver may have taken it along
-            os.kill(process, signal.SIGKILL)
-    wait_until(lambda: not any(map(alive, family)), "the killed driver's cluster ends")
 
 
 def test_finished_pairs_are_left_alone_and_shared(whole_run: Path) -> None:
