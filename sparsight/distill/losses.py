@@ -138,21 +138,24 @@ def _chunk(
     logits_nV: torch.Tensor, targets: ResponseTargets, tail: Tail
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """CE [n], KL [n] and the gradient of their weighted sum with respect to the logits [n, V], which it overwrites."""
-    log_sum_n = logits_nV.logsumexp(dim=-1)
     labels_n1 = targets.label_ids_N[:, None]
+    label_logits_n = logits_nV.gather(1, labels_n1)[:, 0]
     ce_weights_n = targets.ce_weights_N.to(logits_nV.dtype)
-    cross_entropy_n = log_sum_n - logits_nV.gather(1, labels_n1)[:, 0]
     if targets.sparse is None:
-        slope_nV = _softmax_(logits_nV, log_sum_n, ce_weights_n)
+        log_sum_n, sum_n = _exponentials_(logits_nV)
+        slope_nV = logits_nV.mul_((ce_weights_n / sum_n)[:, None])
         slope_nV.scatter_add_(1, labels_n1, -ce_weights_n[:, None])
+        cross_entropy_n = log_sum_n - label_logits_n
         return cross_entropy_n, torch.zeros_like(cross_entropy_n), slope_nV
 
     kl_weights_n = targets.kl_weights_N.to(logits_nV.dtype)
     ids_nJ, mass_nJ, logprobs_nJ = _kept(targets.sparse, tail, logits_nV.dtype)
-    kl_n = (mass_nJ * (logprobs_nJ - logits_nV.gather(1, ids_nJ) + log_sum_n[:, None])).sum(dim=-1)
+    kept_logits_nJ = logits_nV.gather(1, ids_nJ)
+    bucket = _bucket(logits_nV, targets.sparse) if tail == "bucket" else None
+    log_sum_n, sum_n = _exponentials_(logits_nV)
+    kl_n = (mass_nJ * (logprobs_nJ - kept_logits_nJ + log_sum_n[:, None])).sum(dim=-1)
     rise_n = ce_weights_n + kl_weights_n * mass_nJ.sum(dim=-1)
-    bucket = _bucket(logits_nV, log_sum_n, targets.sparse) if tail == "bucket" else None
-    slope_nV = _softmax_(logits_nV, log_sum_n, rise_n)
+    slope_nV = logits_nV.mul_((rise_n / sum_n)[:, None])
     slope_nV.scatter_add_(
         1, torch.cat([labels_n1, ids_nJ], 1), -torch.cat([ce_weights_n[:, None], kl_weights_n[:, None] * mass_nJ], 1)
     )
@@ -160,12 +163,14 @@ def _chunk(
         value_n, bucket_slope_nV = bucket
         kl_n = kl_n + value_n
         slope_nV.addcmul_(bucket_slope_nV, kl_weights_n[:, None])
-    return cross_entropy_n, kl_n, slope_nV
+    return log_sum_n - label_logits_n, kl_n, slope_nV
 
 
-def _softmax_(logits_nV: torch.Tensor, log_sum_n: torch.Tensor, factor_n: torch.Tensor) -> torch.Tensor:
-    """factor · softmax, in the memory of the logits."""
-    return logits_nV.sub_(log_sum_n[:, None]).exp_().mul_(factor_n[:, None])
+def _exponentials_(logits_nV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn logits, in their memory, into exp(logit - largest); their log-sum-exp and the sum of what they became."""
+    largest_n = logits_nV.amax(dim=-1)
+    sum_n = logits_nV.sub_(largest_n[:, None]).exp_().sum(dim=-1)
+    return largest_n + sum_n.log(), sum_n
 
 
 def _kept(
@@ -183,20 +188,19 @@ def _kept(
     return ids_nJ, mass_nJ, torch.cat([head_logprobs_nK, tail_logprobs_nS], dim=1)
 
 
-def _bucket(
-    logits_nV: torch.Tensor, log_sum_n: torch.Tensor, sparse: SparseTargetTensors
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _bucket(logits_nV: torch.Tensor, sparse: SparseTargetTensors) -> tuple[torch.Tensor, torch.Tensor]:
     """m (log m - log u) [n] and its gradient [n, V]; u is the student's mass outside the head.
 
     log u is a log-sum-exp over the other logits, not log(1 - Σ head), which would be lost to rounding where the
     student is sure.
     """
     mass_n = sparse.tail_mass_N.to(logits_nV.dtype)
+    log_sum_n = logits_nV.logsumexp(dim=-1)
     outside_nV = logits_nV.scatter(1, sparse.head_ids_NK, float("-inf"))
     log_outside_n = outside_nV.logsumexp(dim=-1)
     mass_n = mass_n.masked_fill(log_outside_n == float("-inf"), 0.0)  # the head is the whole vocabulary
     log_outside_n = log_outside_n.nan_to_num(neginf=0.0)
     value_n = torch.xlogy(mass_n, mass_n) - mass_n * (log_outside_n - log_sum_n)
     inside_nV = (logits_nV - log_sum_n[:, None]).exp_()
-    slope_nV = inside_nV.sub_(_softmax_(outside_nV, log_outside_n, torch.ones_like(mass_n)))
+    slope_nV = inside_nV.sub_(outside_nV.sub_(log_outside_n[:, None]).exp_())
     return value_n, slope_nV.mul_(mass_n[:, None])

@@ -89,6 +89,30 @@ def test_faulty_settings_are_named(path: Path, override: str, message: str) -> N
         load(path, [override])
 
 
+def test_a_student_may_begin_where_one_before_it_ended(path: Path) -> None:
+    students = "distill.students=[{name: sparse, stages: [%s]}, {name: wide, start: sparse/mimic, stages: [%s]}]"
+    stage = yaml.safe_dump(STAGE, default_flow_style=True).strip()
+    first, second = load(path, [students % (stage, stage)]).distill.students
+    assert (first.start, second.start) == (None, "sparse/mimic")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("start: wide/mimic", "'wide' starts at 'wide/mimic': no student before it has that"),
+        ("start: sparse/later", "'wide' starts at 'sparse/later': no student before it has that"),
+        ("start: sparse", "start: String should match pattern"),
+        ("start: sparse/mimic, text_intermediate: 64", "'wide' starts at 'sparse/mimic': its text_intermediate is that"),
+        ("text_intermediate: 0", "text_intermediate: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_student_that_cannot_begin_there_is_refused(path: Path, settings: str, message: str) -> None:
+    stage = yaml.safe_dump(STAGE, default_flow_style=True).strip()
+    students = f"[{{name: sparse, stages: [{stage}]}}, {{name: wide, {settings}, stages: [{stage}]}}]"
+    with pytest.raises(ConfigError, match=message):
+        load(path, [f"distill.students={students}"])
+
+
 def test_two_students_of_one_name_are_refused(path: Path) -> None:
     student = yaml.safe_dump(VALUES["distill"]["students"][0], default_flow_style=True).strip()  # type: ignore[index]
     with pytest.raises(ConfigError, match="student names are not unique"):
