@@ -1,7 +1,7 @@
 """The frozen tower's features of all training pictures, computed once for every stage that uses this tower.
 
-Keyed by content hash, so the teacher's and the students' samples (the same pictures) share them. How they are stored
-is `sparsight.distill.pictures`. Called by the teacher and distillation pipelines.
+A table a tower, keyed by content hash, so the teacher's and the students' samples (the same pictures) share them. How
+they are stored is `sparsight.distill.pictures`. Called by the teacher and distillation pipelines.
 """
 
 from pathlib import Path
@@ -26,8 +26,9 @@ def make_features(config: RunConfig, model_directory: Path) -> Storage:
     run = RunDirectory(config.run_dir)
     samples, samples_manifest = run.finished(layout.STUDENT_SAMPLES, "samples")
     model = VisionLanguageModel.load(model_directory)
-    inputs = {"samples": samples_manifest.fingerprint, "tower": tower_digest(model)}
-    artifact = run.artifact(layout.FEATURES, KIND, FEATURES_VERSION, {}, inputs)
+    tower = tower_digest(model)
+    inputs = {"samples": samples_manifest.fingerprint, "tower": tower}
+    artifact = run.artifact(layout.features_of(tower), KIND, FEATURES_VERSION, {}, inputs)
     if artifact.finished:
         return artifact.storage
     artifact.begin()

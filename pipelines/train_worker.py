@@ -1,8 +1,8 @@
 """What a Ray Train worker does: the stages that it is given, one after another, each ending as a finished artefact.
 
-Checkpoints hold the stage's place beside its state, so a worker group that is started again, after a worker or the
-driver died, continues in the stage that was cut short. What a step computes is `sparsight.distill.loop`; the driver's
-side is `pipelines.training`.
+A checkpoint names the artefact that it belongs to, so a worker group that is started again, after a worker or the
+driver died, continues the stage that was cut short, if that is still to become the same artefact. What a step computes
+is `sparsight.distill.loop`; the driver's side is `pipelines.training`.
 """
 
 import tempfile
@@ -56,6 +56,11 @@ class StageJob:
     threads: int
     gpu: bool
 
+    @property
+    def identity(self) -> str:
+        """What its checkpoints are called: where its artefact lies, and what that is made from."""
+        return f"{self.artifact.storage.uri} {self.artifact.fingerprint}"
+
     def trainer(self) -> StageTrainer:
         student = VisionLanguageModel.load(open_storage(self.start).fetch())
         if self.stage.upcycle is not None:
@@ -73,22 +78,19 @@ class StageJob:
 
 def train_stages(jobs: Sequence[StageJob]) -> None:
     """Train the stages in turn; the first worker commits each one's artefact."""
-    number, state = _last_checkpoint(jobs)
-    for job in jobs[number:]:
-        if not job.artifact.finished:  # by the workers before these, after the last checkpoint that they could leave
-            _train_stage(job, state)
-        state = None
+    checkpoint = _last_checkpoint()
+    for job in jobs:
+        if not job.artifact.finished:  # by the workers before these
+            _train_stage(job, checkpoint.get(job.identity))
 
 
-def _last_checkpoint(jobs: Sequence[StageJob]) -> tuple[int, dict[str, Any] | None]:
-    """Which stage to continue and in what state: the run's last checkpoint, else the first stage anew."""
+def _last_checkpoint() -> dict[str, dict[str, Any]]:
+    """The state of the stage that was cut short, by its identity; empty without a checkpoint."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0, None
+        return {}
     with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / STATE, map_location="cpu")
-    places = [job.artifact.storage.uri for job in jobs]
-    return (places.index(state["stage"]), state["trainer"]) if state["stage"] in places else (0, None)
+        return torch.load(Path(folder) / STATE, map_location="cpu")
 
 
 def _train_stage(job: StageJob, state: dict[str, Any] | None) -> None:
@@ -126,7 +128,7 @@ def _report(job: StageJob, trainer: StageTrainer, metrics: dict[str, Any]) -> No
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({"stage": job.artifact.storage.uri, "trainer": trainer.state_dict()}, Path(folder) / STATE)
+        torch.save({job.identity: trainer.state_dict()}, Path(folder) / STATE)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 

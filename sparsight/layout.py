@@ -20,6 +20,11 @@ MODEL = "model"
 """The model directory inside an artefact that holds one."""
 
 
+def features_of(tower_digest: str) -> str:
+    """The feature table of a tower."""
+    return f"{FEATURES}/{tower_digest[:16]}"
+
+
 def held_out_samples(name: str) -> str:
     """The samples of a test set."""
     return f"samples/test_{name}"

@@ -112,3 +112,25 @@ def kill_worker(config: RunConfig, stage: Path) -> None:
 def steps_taken(stage: Path) -> int:
     metrics = stage / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def test_a_checkpoint_belongs_to_what_it_was_made_from(tmp_path: Path) -> None:
+    """The driver is killed; then the student that it was training gets other settings, and another one stays."""
+    write_inputs(str(tmp_path))
+    config = two_students(tmp_path, learning_rate=2e-3)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    first, last = (tmp_path / "students" / name / "dense" for name in ("student", "other"))
+    kill_driver("pipelines.distill", tmp_path / "config.yaml", lambda: last_checkpoint(last), "the first checkpoint")
+    assert not (first / "manifest.json").exists(), "its stage was over before the kill"
+    distill(two_students(tmp_path, learning_rate=1e-3))
+    for stage in (first, last):
+        assert (stage / "manifest.json").exists()
+        assert [row["step"] for row in read_metrics(stage / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def two_students(run_dir: Path, learning_rate: float) -> RunConfig:
+    """`student` with this rate, and `other`, whose settings are always the same."""
+    (student,) = configuration(str(run_dir), DENSE | {"learning_rate": learning_rate}).distill.students
+    config = configuration(str(run_dir), DENSE)
+    other = config.distill.students[0].model_copy(update={"name": "other"})
+    return config.model_copy(update={"distill": config.distill.model_copy(update={"students": [student, other]})})

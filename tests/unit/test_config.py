@@ -102,7 +102,10 @@ def test_a_student_may_begin_where_one_before_it_ended(path: Path) -> None:
         ("start: wide/mimic", "'wide' starts at 'wide/mimic': no student before it has that"),
         ("start: sparse/later", "'wide' starts at 'sparse/later': no student before it has that"),
         ("start: sparse", "start: String should match pattern"),
-        ("start: sparse/mimic, text_intermediate: 64", "'wide' starts at 'sparse/mimic': its text_intermediate is that"),
+        (
+            "start: sparse/mimic, text_intermediate: 64",
+            "'wide' starts at 'sparse/mimic': its text_intermediate is that",
+        ),
         ("text_intermediate: 0", "text_intermediate: Input should be greater than or equal to 1"),
     ],
 )
