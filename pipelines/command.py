@@ -25,13 +25,22 @@ def run_command(
 
     With `--dry-run` the resolved configuration and the plan are printed instead.
     """
+    return run_with(parser_of(description).parse_args(argv), action, plan)
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """The options that all programs have; a program may add its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="the YAML file of the run")
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=value", dest="overrides", help="replace one setting"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and plan, then stop")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def run_with(arguments: argparse.Namespace, action: Callable[[RunConfig], object], plan: Plan | None = None) -> int:
+    """`run_command` for arguments that are parsed already."""
     _quiet_bars()
     try:
         config = load(arguments.config, arguments.overrides)

@@ -5,17 +5,16 @@ is trained is the configuration's students; what is compared is `MOD`, in their 
 `python -m pipelines.reproduce --config configs/mod.yaml --seeds 3 --out docs/results`.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.command import USER_ERROR
+from pipelines.command import parser_of, run_with
 from pipelines.report import read_evaluation
 from pipelines.run import run
 from sparsight.artifacts import code_revision
-from sparsight.config import RunConfig, load
-from sparsight.errors import one_line, user_error
+from sparsight.config import RunConfig
+from sparsight.errors import ConfigError
 from sparsight.evaluate.machine import describe_machine
 from sparsight.evaluate.reproduction import (
     ACCURACY,
@@ -116,21 +115,22 @@ billions of parameters. Made by `make reproduce-mod`; the protocol is in docs/pr
 HEADLINES = {"teacher": "teacher", "before": "mimic", "after": "preference"}
 
 
-def reproduce(config_path: str, overrides: Sequence[str], seeds: int, out: Path) -> None:
+def reproduce(config: RunConfig, seeds: int, out: Path) -> None:
     """Run every seed that is not finished, then write `llava-mod.md`, `.json` and plots into `out`."""
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: a reproduction needs at least one seed, and three for an interval")
     found: list[Metrics] = []
-    for seed in range(seeds):
-        config = seed_config(config_path, overrides, seed)
-        say(f"seed {seed + 1} of {seeds}: {config.run_dir}")
-        run(config)
-        found.append(metrics_of(read_evaluation(config)))
+    for one in seed_configs(config, seeds):
+        say(f"seed {one.seed + 1} of {seeds}: {one.run_dir}")
+        run(one)
+        found.append(metrics_of(read_evaluation(one)))
     write_pages(found, out)
 
 
-def seed_config(config_path: str, overrides: Sequence[str], seed: int) -> RunConfig:
-    """The configuration with this seed, in a folder of its own."""
-    base = load(config_path, overrides)
-    return load(config_path, [*overrides, f"seed={seed}", f"run_dir={base.run_dir.rstrip('/')}/seed-{seed}"])
+def seed_configs(config: RunConfig, seeds: int) -> list[RunConfig]:
+    """The run of each seed, in a folder of its own."""
+    folder = config.run_dir.rstrip("/")
+    return [config.model_copy(update={"seed": seed, "run_dir": f"{folder}/seed-{seed}"}) for seed in range(seeds)]
 
 
 def write_pages(seeds: Sequence[Metrics], out: Path) -> None:
@@ -178,21 +178,15 @@ def headline_figures(seeds: Sequence[Metrics], compared: Sequence[Compared]) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Repeat a paper's comparisons over seeds and write what came out.")
-    parser.add_argument("--config", required=True, help="the YAML file of one seed's run")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
+    parser = parser_of("Repeat a paper's comparisons over seeds and write what came out.")
+    parser.add_argument("--seeds", type=int, default=3, help="how many runs, of seeds 0, 1, … (3)")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page (docs/results)")
     arguments = parser.parse_args(argv)
-    try:
-        reproduce(arguments.config, arguments.overrides, arguments.seeds, arguments.out)
-    except Exception as error:
-        mendable = user_error(error)
-        if mendable is None:
-            raise
-        print(f"error: {one_line(mendable)}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+
+    def plan(config: RunConfig) -> list[str]:
+        return [f"run seed {one.seed} in '{one.run_dir}'" for one in seed_configs(config, arguments.seeds)]
+
+    return run_with(arguments, lambda config: reproduce(config, arguments.seeds, arguments.out), plan)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""A reproduction: a run a seed, and pages that keep what people wrote into them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.reproduce import main, seed_configs, write_pages
+from sparsight.config import load
+from sparsight.evaluate.reproduction_page import READING_ENDS, READING_STARTS
+
+MOD = Path(__file__).parents[3] / "configs" / "mod.yaml"
+
+
+def seed(shift: float) -> dict[str, dict[str, float]]:
+    """Values of one seed, as if three models had been evaluated."""
+    sizes = {"activated_parameters": 10.0, "total_parameters": 20.0}
+    chair = {"chair_response": 0.2 + shift, "chair_object": 0.1, "chair_recall": 0.5}
+    better = {"chair_response": 0.1 + shift, "chair_object": 0.05, "chair_recall": 0.5}
+    return {
+        "teacher": {"accuracy": 0.9, **chair, **sizes},
+        "mimic": {"accuracy": 0.8 + shift, **chair, **sizes},
+        "sft": {"accuracy": 0.6, **chair, **sizes},
+        "preference": {"accuracy": 0.79 + shift, **better, **sizes},
+    }
+
+
+def test_every_seed_has_a_folder_of_its_own() -> None:
+    first, second = seed_configs(load(MOD, ["run_dir=out/mod/"]), 2)
+    assert (first.seed, first.run_dir) == (0, "out/mod/seed-0")
+    assert (second.seed, second.run_dir) == (1, "out/mod/seed-1")
+    assert second == load(MOD, ["run_dir=out/mod/seed-1", "seed=1"])
+
+
+def test_the_figures_are_means_over_seeds_with_intervals(tmp_path: Path) -> None:
+    write_pages([seed(0.0), seed(0.01), seed(0.02)], tmp_path)
+    figures = json.loads((tmp_path / "llava-mod.json").read_text())["figures"]
+    assert figures["seeds"] == 3
+    assert figures["mimic_minus_sft"] == pytest.approx(0.21)
+    half = 4.303 * 0.01 / 3**0.5
+    assert figures["mimic_minus_sft_ci_low"] == pytest.approx(0.21 - half)
+    assert figures["chair_response_teacher"] == pytest.approx(0.21)
+    assert figures["chair_response_before"] == pytest.approx(0.21)
+    assert figures["chair_response_after"] == pytest.approx(0.11)
+    assert figures["chair_object_after"] == pytest.approx(0.05)
+    assert figures["accuracy_before"] - figures["accuracy_after"] == pytest.approx(0.01)
+    assert "d2d_d2s_minus_d2s" not in figures  # no seed has that model
+
+
+def test_what_people_wrote_stays_when_the_page_is_written_again(tmp_path: Path) -> None:
+    write_pages([seed(0.0), seed(0.01)], tmp_path)
+    page = tmp_path / "llava-mod.md"
+    words = "Mimic is better, because it sees every picture."
+    page.write_text(page.read_text().replace(f"{READING_STARTS}\n\n", f"{READING_STARTS}\n{words}\n"))
+    assert words in page.read_text()
+    write_pages([seed(0.0), seed(0.05)], tmp_path)
+    assert words in page.read_text().partition(READING_STARTS)[2].partition(READING_ENDS)[0]
+    assert "2 seeds" in page.read_text()
+
+
+def test_the_plan_of_a_dry_run_names_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(MOD), "--seeds", "2", "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "# run seed 0 in 'runs/reproduce-mod/seed-0'\n# run seed 1 in 'runs/reproduce-mod/seed-1'\n"
+    )
+
+
+def test_no_seed_at_all_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--config", str(MOD), "--seeds", "0", "--out", str(tmp_path)]) == 2
+    assert "at least one seed" in capsys.readouterr().err
