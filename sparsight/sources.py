@@ -34,6 +34,8 @@ class ScenesSource(Slice):
     """Held-out pictures to draw, from another seed."""
     max_objects: int = Field(default=4, ge=1, le=6)
     """Most shapes in one picture."""
+    distinct: bool = Field(default=False, exclude_if=lambda value: not value)
+    """No two shapes of a picture alike, so that who names one twice is wrong."""
     size_pixels: int = 64
     """Side of the square pictures."""
 

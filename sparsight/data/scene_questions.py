@@ -48,7 +48,7 @@ def drawn_scenes(source: ScenesSource, split: Split, seed: int, exclude: Collect
         if made == wanted:
             return
         random = Random(f"scenes/{seed}/{split}/{index}")
-        scene = random_scene(random, source.size_pixels, source.max_objects)
+        scene = random_scene(random, source.size_pixels, source.max_objects, distinct=source.distinct)
         picture = encode_png(draw(scene))
         if hash_frames([picture]) in exclude:
             continue

@@ -75,10 +75,17 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
-def random_scene(random: Random, size_pixels: int = 64, max_objects: int = 4, single_object: bool = False) -> Scene:
+def random_scene(
+    random: Random,
+    size_pixels: int = 64,
+    max_objects: int = 4,
+    single_object: bool = False,
+    distinct: bool = False,
+) -> Scene:
     """A scene of 2 to `max_objects` objects, or of exactly one, distributed like easy-VQA's, with `single_object`.
 
-    Equal states of `random` give equal scenes. Raises `ConfigError` for pictures under 32 pixels.
+    With `distinct` no two of its objects have both colour and shape in common. Equal states of `random` give equal
+    scenes. Raises `ConfigError` for pictures under 32 pixels.
     """
     if size_pixels < 32:
         raise ConfigError(f"scenes of {size_pixels} pixels are too small to tell shapes apart: use 32 or more")
@@ -87,7 +94,10 @@ def random_scene(random: Random, size_pixels: int = 64, max_objects: int = 4, si
     palette = list(COLOUR_NAMES)
     if count > 1 and random.random() < 0.5:  # few colours: equal ones meet, and absent pairs look plausible
         palette = random.sample(palette, 2)
-    kinds = [(random.choice(SHAPES), random.choice(palette)) for _ in range(count)]
+    if distinct:
+        kinds = random.sample([(shape, colour) for shape in SHAPES for colour in palette], count)
+    else:
+        kinds = [(random.choice(SHAPES), random.choice(palette)) for _ in range(count)]
     boxes = _place([shape for shape, _ in kinds], size_pixels, random)
     objects = tuple(SceneObject(shape, colour, box) for (shape, colour), box in zip(kinds, boxes, strict=True))
     return Scene(size_pixels, ground, objects)

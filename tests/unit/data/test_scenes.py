@@ -128,6 +128,17 @@ def test_number_of_objects_covers_its_range(most: int) -> None:
     assert numbers == set(range(min(2, most), most + 1))
 
 
+@pytest.mark.parametrize("most", range(1, 7))
+def test_distinct_scenes_hold_nothing_twice_and_as_much_as_others(most: int) -> None:
+    scenes = [random_scene(Random(seed), max_objects=most, distinct=True) for seed in range(200)]
+    assert {len(scene.objects) for scene in scenes} == set(range(min(2, most), most + 1))
+    for scene in scenes:
+        assert len({item.name for item in scene.objects}) == len(scene.objects)
+    if most == 4:
+        others = [random_scene(Random(seed), max_objects=most) for seed in range(200)]
+        assert any(len({item.name for item in scene.objects}) < len(scene.objects) for scene in others)
+
+
 def test_sizes_scale_with_the_picture() -> None:
     scene = random_scene(Random(0), size_pixels=256, single_object=True)
     assert draw(scene).size == (256, 256)
