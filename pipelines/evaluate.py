@@ -18,6 +18,7 @@ import torch
 
 from pipelines.command import run_command
 from pipelines.models import ModelSource, evaluated_models
+from pipelines.prepare import hallucination_sets, question_sets
 from pipelines.report import plan_report, write_report
 from pipelines.runtime import connect, require
 from sparsight import layout
@@ -52,7 +53,6 @@ from sparsight.storage import Storage
 KIND, VERSION = "evaluation", 1
 RESULTS, PREDICTIONS = "evaluation.json", "predictions.parquet"
 HEADLINE_SOURCE = "easy_vqa"
-SCENE_HALLUCINATION = "pope"
 PICTURES_PER_PIECE = 256
 
 Answered = dict[tuple[str, str], Examination]
@@ -84,7 +84,7 @@ def plan_evaluation(config: RunConfig, models: Sequence[ModelSource]) -> Artifac
     """The artefact of this stage, fingerprinted by its settings, the models and the test sets."""
     run = RunDirectory(config.run_dir)
     inputs = {f"model_{model.name}": model.fingerprint for model in models}
-    for name, storage in test_sets(run).all.items():
+    for name, storage in evaluation_sets(config).all.items():
         inputs[name] = read_manifest(storage, "samples").fingerprint
     inputs["baselines"] = run.finished(layout.TEACHER_SAMPLES, "samples")[1].fingerprint
     return run.artifact(layout.EVALUATION, KIND, VERSION, config.evaluate, inputs)
@@ -103,21 +103,22 @@ class EvaluationSets(NamedTuple):
         return self.questions | self.hallucination
 
 
-def test_sets(run: RunDirectory) -> EvaluationSets:
-    """Raises `ArtifactError` where no questions are finished that a model can answer rightly or wrongly."""
-    keys = (key for key in run.storage.keys("samples") if key.endswith("/manifest.json"))
-    names = sorted(
-        key.split("/")[1].removeprefix("test_") for key in keys if key.startswith(layout.held_out_samples(""))
-    )
-    names.sort(key=lambda name: name not in (HEADLINE_SOURCE, SCENE_HALLUCINATION))
-    sets = EvaluationSets({}, {})
-    for name in names:
-        storage = run.storage.child(layout.held_out_samples(name))
-        kind = sets.hallucination if storage.exists(VOCABULARY) else sets.questions
-        kind[name] = storage
-    if not sets.questions:
-        raise ArtifactError(f"'{run.storage.uri}' holds no finished test set: run pipelines.prepare with test pictures")
-    return sets
+def evaluation_sets(config: RunConfig) -> EvaluationSets:
+    """The sets that the configuration has; what else lies in the folder is not asked.
+
+    Raises `ArtifactError` where one is not finished, or none has questions that a model answers rightly or wrongly.
+    """
+    run = RunDirectory(config.run_dir)
+    questions = _by_name(run, sorted(question_sets(config.data)))
+    if not questions:
+        raise ArtifactError(f"'{run.storage.uri}' has no test set: give data a source with test pictures, and prepare")
+    headline_first = sorted(questions.items(), key=lambda item: item[0] != HEADLINE_SOURCE)
+    return EvaluationSets(dict(headline_first), _by_name(run, hallucination_sets(config.data)))
+
+
+def _by_name(run: RunDirectory, artifacts: Sequence[str]) -> dict[str, Storage]:
+    prefix = layout.held_out_samples("")
+    return {name.removeprefix(prefix): run.finished(name, "samples")[0] for name in artifacts}
 
 
 def examine_all(config: RunConfig, models: Sequence[ModelSource]) -> tuple[Evaluation, Answered]:
@@ -126,7 +127,7 @@ def examine_all(config: RunConfig, models: Sequence[ModelSource]) -> tuple[Evalu
     connect(config.resources)
     resources = config.resources
     require(resources.threads_per_worker, resources.label_gpus, resources.start_timeout_s, "evaluation")
-    found = test_sets(run)
+    found = evaluation_sets(config)
     sets = found.questions
     answered = _answers(config, models, found)
     vocabularies = {name: _vocabulary(storage) for name, storage in found.hallucination.items()}

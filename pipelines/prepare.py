@@ -109,9 +109,7 @@ def plan_artifacts(config: RunConfig) -> dict[str, Artifact]:
     }
     if config.data.validation_fraction > 0.0:
         configs[layout.VALIDATION_SAMPLES] = shared
-    for source in sources:
-        if _has_test(source):
-            configs[name_of_test_set(source)] = shared
+    configs |= dict.fromkeys(question_sets(config.data), shared)
     for source in _hallucination_sources(config.data):
         settings = {"source": source.model_dump(mode="json"), "source_digest": source_digest(source)}
         configs[HALLUCINATION_SETS[source.kind]] = {**shared, "hallucination": hallucination, **settings}
@@ -119,6 +117,16 @@ def plan_artifacts(config: RunConfig) -> dict[str, Artifact]:
         name: run.artifact(name, KIND, SAMPLES_VERSION, {"name": name, **settings}, inputs)
         for name, settings in configs.items()
     }
+
+
+def question_sets(data: DataConfig) -> list[str]:
+    """The artefacts of test questions that a model answers rightly or wrongly, as the sources come."""
+    return list(dict.fromkeys(name_of_test_set(source) for source in data.training_sources if _has_test(source)))
+
+
+def hallucination_sets(data: DataConfig) -> list[str]:
+    """The artefacts of questions that show hallucination, those about scenes first."""
+    return [HALLUCINATION_SETS[source.kind] for source in _hallucination_sources(data)]
 
 
 def source_digest(source: DataSource) -> str:
