@@ -57,7 +57,7 @@ class Imported(NamedTuple):
     """What the training rows of all sources came to; the samples themselves lie in the scratch folder."""
 
     hash_of: dict[str, str]  # content hash by sample id
-    kind_of: dict[str, str]  # source by sample id
+    source_of: dict[str, int]  # number of the training source by sample id
     quarantined: list[Quarantined]
 
 
@@ -76,7 +76,7 @@ class Deal(NamedTuple):
 def prepare(config: RunConfig) -> None:
     """Write the sample artefacts of a run; finished ones are left alone.
 
-    Raises `DataError` where a source cannot be read, where no row of it can be used, and where two rows have one id.
+    Raises `DataError` where a source cannot be read, and where no row of it can be used.
     """
     artifacts = plan_artifacts(config)
     if all(artifact.finished for artifact in artifacts.values()):
@@ -184,17 +184,16 @@ def import_training_rows(config: RunConfig, scratch: Storage) -> Imported:
     imported = Imported({}, {}, [])
 
     def good_rows() -> Iterator[Sample]:
-        for source in config.data.training_sources:
+        for number, source in enumerate(config.data.training_sources):
             before = len(imported.hash_of), len(imported.quarantined)
             rows = training_rows(source, config.data, config.seed)
             for row in progress(rows.items, f"importing {source.kind}", total=rows.total):
                 if isinstance(row, Quarantined):
                     imported.quarantined.append(row)
                     continue
-                if row.id in imported.hash_of:
-                    raise DataError(f"the id '{row.id}' appears twice in data.sources: remove one of the equal rows")
+                assert row.id not in imported.hash_of, row.id
                 imported.hash_of[row.id] = row.content_hash
-                imported.kind_of[row.id] = source.kind
+                imported.source_of[row.id] = number
                 yield row
             _check_usable(source, len(imported.hash_of) - before[0], imported.quarantined[before[1] :])
 
@@ -214,10 +213,11 @@ def _check_usable(source: TrainingSource, samples: int, quarantined: Sequence[Qu
 def deal_pictures(config: RunConfig, imported: Imported) -> Deal:
     """Choose the pictures of each side: tests first, then validation, then those whose answers the student sees."""
     test: dict[str, frozenset[str]] = {}
-    for source in config.data.sources:
+    for number, source in enumerate(config.data.training_sources):
         if isinstance(source, LlavaSource | HuggingFaceSource) and source.test_fraction > 0.0:
-            own = (imported.hash_of[row] for row, kind in imported.kind_of.items() if kind == source.kind)
-            test[name_of_test_set(source)] = choose_pictures(own, source.test_fraction, config.seed, "test")
+            own = (imported.hash_of[row] for row, origin in imported.source_of.items() if origin == number)
+            chosen = choose_pictures(own, source.test_fraction, config.seed, "test")
+            test[name_of_test_set(source)] = test.get(name_of_test_set(source), frozenset()) | chosen
     rest = set(imported.hash_of.values()).difference(*test.values())
     validation = choose_pictures(rest, config.data.validation_fraction, config.seed, "validation")
     answered = choose_pictures(rest - validation, config.data.ground_truth_fraction, config.seed, "ground_truth")
@@ -269,19 +269,10 @@ def _test_samples(
 ) -> Iterator[Sample]:
     """The test samples of all sources that share an artefact; unusable rows are put into `quarantined`."""
     seen = frozenset(imported.hash_of.values())
-    ids: set[str] = set()
     for source in config.data.training_sources:
         rows = official_test_rows(source, config.data, config.seed, seen) if name_of_test_set(source) == name else None
-        if rows is None:
-            continue
-        for row in progress(rows.items, f"importing {source.kind} test", total=rows.total):
-            if isinstance(row, Quarantined):
-                quarantined.append(row)
-            elif row.id in ids:
-                raise DataError(f"the id '{row.id}' appears twice in data.sources: remove one of the equal rows")
-            else:
-                ids.add(row.id)
-                yield row
+        if rows is not None:
+            yield from _usable(rows, f"{source.kind} test", quarantined)
     if name in deal.test:
         yield from _dealt(scratch, lambda content_hash: content_hash in deal.test[name])
 

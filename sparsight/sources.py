@@ -3,6 +3,8 @@
 Settings only; the importers are in `sparsight.data`. Part of `config`, which gives them on.
 """
 
+from itertools import combinations
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -90,6 +92,15 @@ TrainingSource = EasyVqaSource | ScenesSource | LlavaSource | HuggingFaceSource
 DataSource = Annotated[TrainingSource | CocoSource, Field(discriminator="kind")]
 
 
+def row_prefix(source: TrainingSource) -> str:
+    """What the ids of a source's rows begin with; it tells the sources of a run apart."""
+    if isinstance(source, LlavaSource):
+        return f"{source.kind}/{Path(source.path).stem}"
+    if isinstance(source, HuggingFaceSource):
+        return "/".join([source.kind, Path(source.path).stem, *([source.split] if source.split else [])])
+    return source.kind
+
+
 class HallucinationConfig(Slice):
     """Questions about scenes and COCO pictures that show whether models speak of what is not there (POPE, CHAIR)."""
 
@@ -127,4 +138,9 @@ class DataConfig(Slice):
             raise ValueError("sources of kind coco are for testing alone: name a source to learn from, too")
         if len(self.sources) - len(self.training_sources) > 1:
             raise ValueError("more than one source of kind coco: their annotation files name other objects")
+        named = [(row_prefix(source), index) for index, source in enumerate(self.sources) if source.kind != "coco"]
+        for (name, first), (longer, second) in combinations(sorted(named), 2):
+            if f"{longer}/".startswith(f"{name}/"):
+                mend = "give one of the files another name" if "/" in name else f"a run has one source of kind {name}"
+                raise ValueError(f"sources {first} and {second} would both give rows named '{name}/…': {mend}")
         return self

@@ -18,6 +18,7 @@ from sparsight.data.turns import pieces, read_conversation
 from sparsight.errors import DataError
 from sparsight.media.images import decode
 from sparsight.records import Quarantined, Sample, Turn
+from sparsight.sources import row_prefix
 
 SOURCE = "hugging_face"
 ROWS_PER_BATCH = 64
@@ -96,11 +97,10 @@ def _parquet_tables(files: Sequence[Path]) -> Iterator[pa.Table]:
 def _rows(
     source: HuggingFaceSource, tables: Iterable[pa.Table], columns: list[str], data: DataConfig
 ) -> Iterator[Sample | Quarantined]:
-    name = "/".join([SOURCE, Path(source.path).stem, *([source.split] if source.split else [])])
     index = 0
     for table in tables:
         for row in table.select(columns).to_pylist():
-            label = f"{name}/{index}"
+            label = f"{row_prefix(source)}/{index}"
             index += 1
             try:
                 parts = pieces(_turns(row, source), data.turns_per_sample)

@@ -14,6 +14,7 @@ from sparsight.data.samples import Rows
 from sparsight.data.turns import pieces, read_conversation
 from sparsight.errors import DataError
 from sparsight.records import Quarantined, Sample
+from sparsight.sources import row_prefix
 
 SOURCE = "llava"
 
@@ -30,12 +31,12 @@ def read_llava(source: LlavaSource, data: DataConfig) -> Rows:
     folder = Path(source.pictures)
     if not folder.is_dir():
         raise DataError(f"the picture folder '{folder}' of '{path}' is missing: correct the source's pictures")
-    return Rows(len(records), _rows(records, path, folder, data))
+    return Rows(len(records), _rows(records, source, folder, data))
 
 
-def _rows(records: list[Any], path: Path, folder: Path, data: DataConfig) -> Iterator[Sample | Quarantined]:
+def _rows(records: list[Any], source: LlavaSource, folder: Path, data: DataConfig) -> Iterator[Sample | Quarantined]:
     for index, record in enumerate(records):
-        row = f"{SOURCE}/{path.stem}/{index}"
+        row = f"{row_prefix(source)}/{index}"
         if isinstance(record, Mapping) and isinstance(record.get("id"), str | int):
             row = f"{row}/{record['id']}"
         try:
@@ -44,7 +45,7 @@ def _rows(records: list[Any], path: Path, folder: Path, data: DataConfig) -> Ite
             parts = pieces(read_conversation(record.get("conversations")), data.turns_per_sample)
             picture = read_picture(_picture_path(record.get("image"), folder), data)
         except DataError as error:
-            yield Quarantined(row, str(path), str(error))
+            yield Quarantined(row, source.path, str(error))
             continue
         for part, turns in enumerate(parts):
             yield Sample(row if len(parts) == 1 else f"{row}/{part}", (picture,), turns, SOURCE)

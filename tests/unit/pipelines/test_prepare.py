@@ -13,7 +13,7 @@ from sparsight.artifacts import RunDirectory
 from sparsight.config import RunConfig
 from sparsight.data.objects import VOCABULARY, ObjectVocabulary
 from sparsight.data.samples import read_samples
-from sparsight.errors import ArtifactError, DataError
+from sparsight.errors import DataError
 from sparsight.records import Sample
 from tests.quarantine import read_quarantine
 
@@ -233,12 +233,52 @@ def test_what_a_killed_run_left_is_not_mixed_in(tmp_path: Path) -> None:
     assert samples(killed, "student") == samples(clean, "student")
 
 
-def test_a_source_named_twice_is_refused_and_nothing_is_finished(tmp_path: Path) -> None:
+def test_two_sources_of_one_kind_keep_their_own_shares(
+    tmp_path: Path, llava: dict[str, Any], picture_bytes: Callable[..., bytes]
+) -> None:
     run = str(tmp_path / "run")
-    with pytest.raises(DataError, match=r"the id 'scenes/train/0/0' appears twice in data\.sources"):
-        prepare(config(run, [SCENES, SCENES]))
-    with pytest.raises(ArtifactError, match="run its stage first"):
-        samples(run, "teacher")
+    records = json.loads(Path(llava["path"]).read_text())[:10]
+    (tmp_path / "others").mkdir()
+    for number in range(10):
+        (tmp_path / "others" / f"{number}.png").write_bytes(picture_bytes(f"#0000{number:02d}"))
+    (tmp_path / "more.json").write_text(json.dumps(records))
+    other = {"kind": "llava", "path": str(tmp_path / "more.json"), "pictures": str(tmp_path / "others")}
+    prepare(config(run, [{**llava, "test_fraction": 0.25}, {**other, "test_fraction": 0.4}, SCENES]))
+    held_out = samples(run, "test_llava")
+    for name, count in (("rows", 2), ("more", 4)):  # of 8 and of 10 readable pictures
+        assert len({row.content_hash for row in held_out if row.id.split("/")[1] == name}) == count
+    assert not pictures(run, "test_llava") & pictures(run, "teacher")
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (
+            [SCENES, SCENES],
+            "sources 0 and 1 would both give rows named 'scenes/…': a run has one source of kind scenes",
+        ),
+        (
+            [
+                SCENES,
+                {"kind": "llava", "path": "a/rows.json", "pictures": "a"},
+                {"kind": "llava", "path": "b/rows.jsonl", "pictures": "b"},
+            ],
+            "sources 1 and 2 would both give rows named 'llava/rows/…': give one of the files another name",
+        ),
+        (
+            [{"kind": "hugging_face", "path": "a/b", "split": "train"}, {"kind": "hugging_face", "path": "c/b"}],
+            "sources 1 and 0 would both give rows named 'hugging_face/b/…'",
+        ),
+    ],
+)
+def test_sources_whose_rows_cannot_be_told_apart_are_refused(sources: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config("run", sources)
+
+
+def test_splits_of_one_dataset_are_two_sources() -> None:
+    folder = {"kind": "hugging_face", "path": "a/b"}
+    assert len(config("run", [{**folder, "split": "train"}, {**folder, "split": "more"}]).data.sources) == 2
 
 
 def test_a_source_without_a_usable_row_is_refused(tmp_path: Path, llava: dict[str, Any]) -> None:
