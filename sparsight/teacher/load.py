@@ -36,13 +36,21 @@ class TeacherSource:
     def hugging_face(config: HuggingFaceTeacherConfig) -> "TeacherSource":
         return TeacherSource("hugging_face", config.path, config.dtype, config.attention)
 
+    @property
+    def opened_as(self) -> str:
+        """Type of the weights and kind of attention, where they are not left to the checkpoint and to transformers."""
+        if self.kind == "tiny":
+            return ""
+        chosen = {"dtype": None if self.dtype == "auto" else self.dtype, "attention": self.attention}
+        return ", ".join(f"{name} {value}" for name, value in chosen.items() if value is not None)
+
     def directory(self) -> Path:
         """The model files as a local folder. Raises `StorageError` if there are none."""
         return open_storage(self.uri).fetch()
 
 
 def identify(source: TeacherSource) -> TeacherIdentity:
-    """The teacher's fingerprints, without loading its weights. Raises `CheckpointError` if it is incomplete."""
+    """Which teacher it is, without loading its weights. Raises `CheckpointError` if it is incomplete."""
     directory = source.directory()
     model = directory_digest(directory)
     try:
@@ -53,7 +61,7 @@ def identify(source: TeacherSource) -> TeacherIdentity:
     mark = VIDEO_TOKEN if source.kind == "tiny" else visual_token_of(config, tokenizer)
     chat = ChatEncoder(tokenizer, mark)
     vocabulary = int(config.get_text_config().vocab_size)
-    return TeacherIdentity(model, chat.prompt_fingerprint, chat.tokenizer_fingerprint, vocabulary)
+    return TeacherIdentity(model, chat.prompt_fingerprint, chat.tokenizer_fingerprint, vocabulary, source.opened_as)
 
 
 def load_teacher(

@@ -45,17 +45,23 @@ class SignalSettings:
 
 @dataclass(frozen=True)
 class TeacherIdentity:
-    """Which teacher: digests of its directory, its prompt and its tokenizer, and the width of its head."""
+    """Which teacher: digests of its directory, its prompt and its tokenizer, the width of its head, and how its weights
+    are opened."""
 
     model: str
     prompt: str
     tokenizer: str
     vocabulary: int
+    opened_as: str = ""
+    """Settings that change what the same weights compute; empty where checkpoint and transformers choose."""
 
     @property
     def fingerprint(self) -> str:
         """Equal only for teachers that label in the same way."""
-        return digest(asdict(self))
+        values = asdict(self)
+        if not self.opened_as:
+            del values["opened_as"]
+        return digest(values)
 
 
 class Teacher(Protocol):

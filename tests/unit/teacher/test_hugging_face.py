@@ -172,9 +172,14 @@ def test_a_directory_that_lacks_weights_is_refused(directory: Path, tmp_path: Pa
         load_teacher(source, identify(source), SETTINGS)
 
 
-def test_the_identity_is_that_of_the_directory(directory: Path, teacher: Teacher) -> None:
-    source = TeacherSource("hugging_face", str(directory), "float32")
-    assert identify(source) == teacher.identity
+def test_the_identity_is_that_of_the_directory_and_of_how_it_is_opened(directory: Path, teacher: Teacher) -> None:
+    assert identify(TeacherSource("hugging_face", str(directory), "auto")) == teacher.identity
+    others = [
+        identify(TeacherSource("hugging_face", str(directory), dtype, attention))
+        for dtype, attention in (("float32", None), ("bfloat16", None), ("auto", "eager"), ("bfloat16", "eager"))
+    ]
+    assert len({identity.fingerprint for identity in (teacher.identity, *others)}) == 5
+    assert {identity.model for identity in others} == {teacher.identity.model}
 
 
 @torch.inference_mode()
