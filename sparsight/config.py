@@ -246,7 +246,7 @@ class EvaluateConfig(Slice):
     """Questions answered together."""
     max_answer_tokens: int = Field(default=16, ge=1)
     """Longest answer."""
-    limit: int | None = None
+    limit: int | None = Field(default=None, ge=1)
     """Evaluate only the first questions of each test set."""
 
 

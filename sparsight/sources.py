@@ -22,7 +22,7 @@ class EasyVqaSource(Slice):
     kind: Literal["easy_vqa"]
     path: str | None = None
     """The package's data folder; None finds the installed `easy-vqa` package."""
-    limit: int | None = None
+    limit: int | None = Field(default=None, ge=1)
     """Keep only the first pictures of each split."""
 
 

@@ -91,7 +91,7 @@ class StageConfig(Slice):
     """Turn the dense student that this stage receives into a sparse one before training."""
     preference: PreferenceConfig | None = Field(default=None, exclude_if=_unless(None))
     """For `rows: pairs`, and only there."""
-    trainable: list[TrainableGroup] = Field(default=["projector", "text"])
+    trainable: list[TrainableGroup] = Field(default=["projector", "text"], min_length=1)
     """Groups of weights that change. `experts` are the feed-forward networks of all text layers, dense ones included;
     `attention` holds the norms, `embeddings` the head; `text` is the whole text model, routers included."""
     terms: TermsConfig

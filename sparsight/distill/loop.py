@@ -56,6 +56,11 @@ class StageTrainer:
         self.step = 0
         student.model.train()
         self.parameters = set_trainable(student, stage.trainable)
+        if not self.parameters:
+            raise ConfigError(
+                f"stage '{stage.name}': the student has no weights in the groups {', '.join(stage.trainable)}: name "
+                "others in trainable (only an up-cycled student has routers)"
+            )
         self.optimizer = make_optimizer(self.parameters, stage)
         self.sparse_layers = sorted(routers(student))
         self.objective = _objective(student, stage, rows, pictures, vocabulary)

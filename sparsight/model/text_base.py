@@ -68,7 +68,8 @@ def text_base_digest(architecture: ArchitectureConfig) -> dict[str, str]:
         return {"text_base": SMOLLM2_SHA256}
     path = Path(architecture.text_base.weights)
     total = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.glob("*.*")):
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*.*") if file.is_file())
+    for file in files:
         total.update(f"{file.name}\n".encode())
         with file.open("rb") as opened:
             total.update(hashlib.file_digest(opened, "sha256").digest())

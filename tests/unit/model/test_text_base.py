@@ -140,6 +140,17 @@ def test_the_digest_is_of_the_content(weights: str, llama: LlamaForCausalLM, tok
     assert text_base_digest(architecture(str(tmp_path / "model.gguf"))) != before
 
 
+def test_the_digest_of_a_directory_is_of_its_files(llama: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
+    llama.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    before = text_base_digest(architecture(str(tmp_path)))
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache/lock").touch()
+    assert text_base_digest(architecture(str(tmp_path))) == before
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert text_base_digest(architecture(str(tmp_path))) != before
+
+
 def test_what_cannot_be_used_is_refused(weights: str, llama: LlamaForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layers 0 to 2"):
         load_text_base(TextBaseConfig(weights=weights, layers=[3]))
