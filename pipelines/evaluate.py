@@ -1,13 +1,15 @@
 """Last stage: every model sits every test set, then the report is written. Artefacts `evaluation` and `report`.
 
 A Ray task for each model and test set loads the model once and hands its answers back piece by piece; agreement and
-speed follow when all have answered, speed alone on the machine. The protocol is docs/protocol.md. Run as
+speed follow when all have answered, speed alone on the machine. With `evaluate.sets: validation` models sit the
+validation pictures in the same way, into artefacts of their own. The protocol is docs/protocol.md. Run as
 `python -m pipelines.evaluate --config FILE`.
 """
 
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from sparsight.artifacts import Artifact, RunDirectory, read_manifest
 from sparsight.config import EvaluateConfig, RunConfig
 from sparsight.data.objects import VOCABULARY, ObjectVocabulary
 from sparsight.data.samples import iter_samples
-from sparsight.errors import AlignmentError, ArtifactError
+from sparsight.errors import AlignmentError, ArtifactError, ConfigError
 from sparsight.evaluate.agreement import Agreement, agreement
 from sparsight.evaluate.answers import Answer, Examination, Examiner, by_pictures, join
 from sparsight.evaluate.hallucination import hallucination
@@ -47,7 +49,7 @@ from sparsight.media.images import DecodeLimits
 from sparsight.model.parameters import activated_parameters, total_parameters
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import progress_bar, say
-from sparsight.records import Turn
+from sparsight.records import Sample, Turn
 from sparsight.storage import Storage
 
 KIND, VERSION = "evaluation", 1
@@ -81,44 +83,77 @@ def evaluate(config: RunConfig) -> None:
 
 
 def plan_evaluation(config: RunConfig, models: Sequence[ModelSource]) -> Artifact:
-    """The artefact of this stage, fingerprinted by its settings, the models and the test sets."""
+    """The artefact of this stage, fingerprinted by its settings, the models and the sets of questions."""
     run = RunDirectory(config.run_dir)
     inputs = {f"model_{model.name}": model.fingerprint for model in models}
-    for name, storage in evaluation_sets(config).all.items():
-        inputs[name] = read_manifest(storage, "samples").fingerprint
+    for name, asked in evaluation_sets(config).all.items():
+        inputs[name] = read_manifest(asked.storage, "samples").fingerprint
     inputs["baselines"] = run.finished(layout.TEACHER_SAMPLES, "samples")[1].fingerprint
-    return run.artifact(layout.EVALUATION, KIND, VERSION, config.evaluate, inputs)
+    name = layout.asked(config.evaluate.sets, layout.EVALUATION)
+    return run.artifact(name, KIND, VERSION, config.evaluate, inputs)
+
+
+class Asked(NamedTuple):
+    """A set of questions: finished samples, or those of one source among them."""
+
+    storage: Storage
+    questions: int
+    source: str | None = None
+
+    def samples(self) -> Iterator[Sample]:
+        samples = iter_samples(self.storage)
+        return (sample for sample in samples if self.source is None or sample.source == self.source)
 
 
 class EvaluationSets(NamedTuple):
-    """Finished test sets of a run by name (`easy_vqa`, `scenes`, …)."""
+    """The sets of an evaluation by name (`easy_vqa`, `scenes`, …)."""
 
-    questions: dict[str, Storage]
+    questions: dict[str, Asked]
     """Those whose answers are right or wrong, the headline set first."""
-    hallucination: dict[str, Storage]
+    hallucination: dict[str, Asked]
     """Those whose answers are read for objects, drawn scenes first; each holds the vocabulary to read them with."""
 
     @property
-    def all(self) -> dict[str, Storage]:
+    def all(self) -> dict[str, Asked]:
         return self.questions | self.hallucination
 
 
 def evaluation_sets(config: RunConfig) -> EvaluationSets:
     """The sets that the configuration has; what else lies in the folder is not asked.
 
-    Raises `ArtifactError` where one is not finished, or none has questions that a model answers rightly or wrongly.
+    Raises `ArtifactError` where one is not finished, `ConfigError` where none has questions that a model answers
+    rightly or wrongly.
     """
     run = RunDirectory(config.run_dir)
-    questions = _by_name(run, sorted(question_sets(config.data)))
+    if config.evaluate.sets == "validation":
+        return EvaluationSets(_validation_sets(config, run), {})
+    questions = _test_sets(run, sorted(question_sets(config.data), key=_headline_first))
     if not questions:
-        raise ArtifactError(f"'{run.storage.uri}' has no test set: give data a source with test pictures, and prepare")
-    headline_first = sorted(questions.items(), key=lambda item: item[0] != HEADLINE_SOURCE)
-    return EvaluationSets(dict(headline_first), _by_name(run, hallucination_sets(config.data)))
+        raise ConfigError("there is no test set to evaluate on: give data a source with test pictures, and prepare")
+    return EvaluationSets(questions, _test_sets(run, hallucination_sets(config.data)))
 
 
-def _by_name(run: RunDirectory, artifacts: Sequence[str]) -> dict[str, Storage]:
-    prefix = layout.held_out_samples("")
-    return {name.removeprefix(prefix): run.finished(name, "samples")[0] for name in artifacts}
+def _headline_first(name: str) -> tuple[bool, str]:
+    return not name.endswith(HEADLINE_SOURCE), name
+
+
+def _test_sets(run: RunDirectory, artifacts: Sequence[str]) -> dict[str, Asked]:
+    sets: dict[str, Asked] = {}
+    for artifact in artifacts:
+        storage, manifest = run.finished(artifact, "samples")
+        sets[artifact.removeprefix(layout.held_out_samples(""))] = Asked(storage, manifest.counts["questions"])
+    return sets
+
+
+def _validation_sets(config: RunConfig, run: RunDirectory) -> dict[str, Asked]:
+    """The validation samples by source, as `validation_easy_vqa`, …"""
+    if config.data.validation_fraction == 0.0:
+        raise ConfigError("evaluate.sets: validation needs a data.validation_fraction above 0: set it, and prepare")
+    storage, _ = run.finished(layout.VALIDATION_SAMPLES, "samples")
+    counts: Counter[str] = Counter()
+    for sample in iter_samples(storage):
+        counts[sample.source] += len(sample.turns)
+    return {f"validation_{name}": Asked(storage, counts[name], name) for name in sorted(counts, key=_headline_first)}
 
 
 def examine_all(config: RunConfig, models: Sequence[ModelSource]) -> tuple[Evaluation, Answered]:
@@ -130,7 +165,7 @@ def examine_all(config: RunConfig, models: Sequence[ModelSource]) -> tuple[Evalu
     found = evaluation_sets(config)
     sets = found.questions
     answered = _answers(config, models, found)
-    vocabularies = {name: _vocabulary(storage) for name, storage in found.hallucination.items()}
+    vocabularies = {name: _vocabulary(asked.storage) for name, asked in found.hallucination.items()}
     kinds = _agreements(config, models, {key: part for key, part in answered.items() if key[1] in sets})
     say("evaluate: measuring the speed of decoding")
     sizes: dict[str, _Size] = ray.get(_task(_measure, config).remote(list(models), config.resources.threads_per_worker))
@@ -155,8 +190,10 @@ def examine_all(config: RunConfig, models: Sequence[ModelSource]) -> tuple[Evalu
         headline_set=headline,
         models=results,
         baselines={
-            name: baseline_result(Baselines(_training_turns(run, name)), answered[models[0].name, name].answers)
-            for name in sets
+            name: baseline_result(
+                Baselines(_training_turns(run, asked.source or name)), answered[models[0].name, name].answers
+            )
+            for name, asked in sets.items()
         },
         differences={
             f"{STUDENT} - {other.name}": paired(
@@ -173,11 +210,11 @@ def _vocabulary(storage: Storage) -> ObjectVocabulary:
     return ObjectVocabulary.from_json(storage.read_bytes(VOCABULARY))
 
 
-def _training_turns(run: RunDirectory, test_set: str) -> list[Turn]:
-    """The answered training turns of a test set's source."""
+def _training_turns(run: RunDirectory, source: str) -> list[Turn]:
+    """The answered training turns of a source."""
     storage, _ = run.finished(layout.TEACHER_SAMPLES, "samples")
     samples = list(iter_samples(storage))
-    own = [sample for sample in samples if sample.source == test_set]
+    own = [sample for sample in samples if sample.source == source]
     return [turn for sample in own or samples for turn in sample.turns]
 
 
@@ -189,15 +226,15 @@ def _task(function: Any, config: RunConfig) -> Any:
 def _answers(config: RunConfig, models: Sequence[ModelSource], sets: EvaluationSets) -> Answered:
     settings, threads = config.evaluate, config.resources.threads_per_worker
     limits = DecodeLimits.of(config.data)
-    counts = {name: _questions(storage, settings) for name, storage in sets.all.items()}
+    counts = [min(asked.questions, settings.limit or asked.questions) for asked in sets.all.values()]
     examine = _task(_examine, config)
     work = {
-        examine.remote(model, storage, settings, limits, threads, name in sets.questions): (model.name, name)
-        for name, storage in sets.all.items()
+        examine.remote(model, asked, settings, limits, threads, name in sets.questions): (model.name, name)
+        for name, asked in sets.all.items()
         for model in models
     }
     parts: dict[tuple[str, str], list[Examination]] = {key: [] for key in work.values()}
-    bar = progress_bar("evaluating", total=sum(counts.values()) * len(models), unit="question")
+    bar = progress_bar("evaluating", total=sum(counts) * len(models), unit="question")
     while work:
         ready: Any = ray.wait(list(work), num_returns=1)[0][0]
         try:
@@ -211,18 +248,13 @@ def _answers(config: RunConfig, models: Sequence[ModelSource], sets: EvaluationS
     return {key: join(pieces) for key, pieces in parts.items()}
 
 
-def _questions(storage: Storage, settings: EvaluateConfig) -> int:
-    questions = read_manifest(storage, "samples").counts["questions"]
-    return questions if settings.limit is None else min(questions, settings.limit)
-
-
 def _examine(
-    source: ModelSource, samples: Storage, settings: EvaluateConfig, limits: DecodeLimits, threads: int, read: bool
+    source: ModelSource, asked: Asked, settings: EvaluateConfig, limits: DecodeLimits, threads: int, read: bool
 ) -> Generator[Examination]:
     """Runs in a worker: one model on one test set, piece by piece; `read` also reads it with its answers."""
     torch.set_num_threads(threads)
     examiner = Examiner(load(source), settings.batch_samples, settings.max_answer_tokens, limits)
-    for piece in by_pictures(iter_samples(samples), PICTURES_PER_PIECE, settings.limit):
+    for piece in by_pictures(asked.samples(), PICTURES_PER_PIECE, settings.limit):
         yield examiner.examine(piece) if read else examiner.ask(piece)
 
 

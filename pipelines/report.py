@@ -29,6 +29,8 @@ from sparsight.observe import read_metrics, say
 from sparsight.storage import Storage
 
 KIND, VERSION = "report", 1
+EVALUATION_KIND = "evaluation"
+"""The kind of artefact that a report is about."""
 METRICS = "metrics.jsonl"
 CURVES = ("cross_entropy", "forward_kl")
 """Terms that are drawn; a stage without them shows its `loss`."""
@@ -37,7 +39,7 @@ CURVES = ("cross_entropy", "forward_kl")
 def write_report(config: RunConfig) -> None:
     """Write the artefact `report`; a finished one is left alone. Raises `ArtifactError` without an evaluation."""
     run = RunDirectory(config.run_dir)
-    evaluated, manifest = run.finished(layout.EVALUATION, "evaluation")
+    evaluated, manifest = run.finished(_evaluation(config), EVALUATION_KIND)
     artifact = _artifact(config, manifest)
     if artifact.finished is not None:
         return
@@ -47,7 +49,7 @@ def write_report(config: RunConfig) -> None:
     for name, (_, data) in pictures.items():
         artifact.storage.write_bytes(name, data)
     captions = [(name, caption) for name, (caption, _) in pictures.items()]
-    report = gather(run, evaluation, manifest, captions)
+    report = gather(config, evaluation, manifest, captions)
     artifact.storage.write_bytes("report.json", report.to_json())
     artifact.storage.write_bytes("report.md", render(report).encode())
     artifact.commit(figures=report.figures)
@@ -56,24 +58,29 @@ def write_report(config: RunConfig) -> None:
 
 def read_evaluation(config: RunConfig) -> Evaluation:
     """The finished evaluation of a run."""
-    storage, _ = RunDirectory(config.run_dir).finished(layout.EVALUATION, "evaluation")
+    storage, _ = RunDirectory(config.run_dir).finished(_evaluation(config), EVALUATION_KIND)
     return Evaluation.model_validate_json(storage.read_bytes("evaluation.json"))
 
 
 def plan_report(config: RunConfig) -> list[str]:
     """One line: what would be done."""
     try:
-        _, manifest = RunDirectory(config.run_dir).finished(layout.EVALUATION, "evaluation")
+        _, manifest = RunDirectory(config.run_dir).finished(_evaluation(config), EVALUATION_KIND)
     except ArtifactError:
         return ["report: waits for the evaluation"]
     artifact = _artifact(config, manifest)
     return [f"report: {'finished, kept' if artifact.finished else 'to be written'} ({artifact.storage.uri})"]
 
 
+def _evaluation(config: RunConfig) -> str:
+    return layout.asked(config.evaluate.sets, layout.EVALUATION)
+
+
 def _artifact(config: RunConfig, evaluation: Manifest) -> Artifact:
     run = RunDirectory(config.run_dir)
-    inputs = {name: digest(manifest) for name, manifest in _manifests(run.storage).items()}
-    return run.artifact(layout.REPORT, KIND, VERSION, {}, inputs | {"times": digest(_times(run.storage, evaluation))})
+    inputs = {name: digest(manifest) for name, manifest in _manifests(config, run.storage).items()}
+    inputs["times"] = digest(_times(run.storage, evaluation))
+    return run.artifact(layout.asked(config.evaluate.sets, layout.REPORT), KIND, VERSION, {}, inputs)
 
 
 def _times(storage: Storage, evaluation: Manifest) -> dict[str, float]:
@@ -81,16 +88,19 @@ def _times(storage: Storage, evaluation: Manifest) -> dict[str, float]:
     return read_times(storage) | {"evaluate": round(evaluation.figures.get("wall_s", 0.0), 1)}
 
 
-def _manifests(storage: Storage) -> dict[str, Manifest]:
-    """Every finished artefact of a run but the report, by name."""
+def _manifests(config: RunConfig, storage: Storage) -> dict[str, Manifest]:
+    """Every finished artefact of a run by name, but reports and the evaluation on other sets of questions."""
     keys = [key for key in storage.keys("") if key.endswith(f"/{MANIFEST}")]
     names = [key.removesuffix(f"/{MANIFEST}") for key in keys]
-    return {name: read_manifest(storage.child(name)) for name in names if name != layout.REPORT}
+    found = {name: read_manifest(storage.child(name)) for name in names}
+    own = _evaluation(config)
+    return {name: it for name, it in found.items() if name == own or it.kind not in (KIND, EVALUATION_KIND)}
 
 
-def gather(run: RunDirectory, evaluation: Evaluation, manifest: Manifest, pictures: list[tuple[str, str]]) -> Report:
+def gather(config: RunConfig, evaluation: Evaluation, manifest: Manifest, pictures: list[tuple[str, str]]) -> Report:
     """The report object of a run, from its manifests."""
-    manifests = _manifests(run.storage)
+    storage = RunDirectory(config.run_dir).storage
+    manifests = _manifests(config, storage)
     rows = [
         ArtifactRow(
             name=name,
@@ -104,7 +114,7 @@ def gather(run: RunDirectory, evaluation: Evaluation, manifest: Manifest, pictur
     return Report(
         evaluation=evaluation,
         artifacts=rows,
-        stage_seconds=_times(run.storage, manifest),
+        stage_seconds=_times(storage, manifest),
         store_figures=_store_figures(manifests),
         export=_verdicts(manifests[layout.EXPORT].details) if layout.EXPORT in manifests else {},
         machine=describe_machine(),

@@ -59,7 +59,7 @@ def run(config: RunConfig) -> None:
     say(f"all stages: {time.monotonic() - start_s:.0f} s")
     evaluation = read_evaluation(config)
     print(f"accuracy on {evaluation.headline_set} [95 %]\n{headline_table(evaluation)}\n")
-    print(f"report: {storage.uri}/report/report.md")
+    print(f"report: {storage.uri}/{layout.asked(config.evaluate.sets, layout.REPORT)}/report.md")
     print("serve the student: make serve")
     print(storage.uri)
 

@@ -242,12 +242,15 @@ class DistillConfig(Slice):
 class EvaluateConfig(Slice):
     """How models sit the test sets."""
 
+    sets: Literal["tests", "validation"] = Field(default="tests", exclude_if=lambda sets: sets == "tests")
+    """What is asked: the test sets, or the validation pictures of each source, for choosing settings. The latter's
+    evaluation and report lie in the run's folder `validation`."""
     batch_samples: int = Field(default=64, ge=1)
     """Questions answered together."""
     max_answer_tokens: int = Field(default=16, ge=1)
     """Longest answer."""
     limit: int | None = Field(default=None, ge=1)
-    """Evaluate only the first questions of each test set."""
+    """Evaluate only the first questions of each set."""
 
 
 class StreamConfig(Slice):

@@ -30,6 +30,11 @@ def held_out_samples(name: str) -> str:
     return f"samples/test_{name}"
 
 
+def asked(sets: str, artifact: str) -> str:
+    """The evaluation of some sets of questions, or its report: those of `tests` lie at the top of the run."""
+    return artifact if sets == "tests" else f"{sets}/{artifact}"
+
+
 def student_stage(student: str, stage: str) -> str:
     """What a student was after one of its stages."""
     return f"students/{student}/{stage}"

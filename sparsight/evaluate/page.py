@@ -7,7 +7,7 @@ from sparsight.evaluate.results import TEACHER, Evaluation
 from sparsight.evaluate.scores import Share
 
 PROTOCOL = """\
-Each test question was asked alone, in a single-turn chat with its picture, and answered greedily; an answer is right
+Each question was asked alone, in a single-turn chat with its picture, and answered greedily; an answer is right
 when it equals the reference up to case and white space. Intervals are 95 %, over pictures. Majority: the most
 frequent training answer, in columns of an answer type the most frequent answer of that type. The protocol is
 docs/protocol.md of the source tree."""
@@ -68,7 +68,7 @@ def _opening(report: Report) -> str:
     names = [name for name in report.evaluation.models if name != TEACHER]
     teacher = "the teacher, " if TEACHER in report.evaluation.models else ""
     sets = " and ".join(report.evaluation.baselines)
-    return f"Compared: {teacher}{', '.join(names)}, and answers given without a picture. Test sets: {sets}."
+    return f"Compared: {teacher}{', '.join(names)}, and answers given without a picture. Questions: {sets}."
 
 
 def _seen(report: Report) -> str:

@@ -62,6 +62,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
             "data": {
                 "sources": [{"kind": "easy_vqa", "limit": 12}, scenes, coco],
                 "hallucination": {"questions": 1},
+                "validation_fraction": 0.3,
             },
             "teacher": {"kind": "tiny", "stages": [STAGE]},
             "distill": {"students": students},
@@ -200,6 +201,27 @@ def test_the_report_is_written_again_when_a_stage_took_another_time(config: RunC
         assert figures_of(report)["label_wall_s"] == seconds
         assert f"| label | {seconds:,.1f} |" in (report / "report.md").read_text()
     assert (report.parent / "evaluation/manifest.json").stat().st_mtime_ns == evaluation
+
+
+def test_validation_pictures_are_scored_into_artefacts_of_their_own(
+    config: RunConfig, models: dict[str, VisionLanguageModel], report: Path
+) -> None:
+    run = Path(config.run_dir)
+    evaluate(config)
+    manifests = [run / name / "manifest.json" for name in ("evaluation", "report")]
+    before = [path.stat().st_mtime_ns for path in manifests]
+    evaluate(config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"sets": "validation"})}))
+    evaluate(config)
+    assert [path.stat().st_mtime_ns for path in manifests] == before
+    samples = read_samples(RunDirectory(config.run_dir).storage.child("samples/validation"))
+    figures = figures_of(run / "validation/report")
+    for name, figure in (("easy_vqa", "student_accuracy"), ("scenes", "student_validation_scenes_accuracy")):
+        own = [sample for sample in samples if sample.source == name]
+        whole, _ = score(Examiner(models["students/small/only"], 16, 3).examine(own).answers)
+        assert figures[figure] == whole.value
+    page = (run / "validation/report/report.md").read_text()
+    assert "## Result on validation_easy_vqa" in page
+    assert "Hallucination" not in page
 
 
 def test_the_export_is_a_model_that_serving_can_load(config: RunConfig, report: Path) -> None:
