@@ -88,7 +88,12 @@ class QuestionAnswerer:
             config.retrieve_blocks - config.recent_blocks, config.recent_blocks, config.score
         )
         head = model.model.get_output_embeddings()
-        self._answerer = StreamAnswerer(kv_model, head, after_frames_SD=model.newline_D.detach()[None])
+        self._answerer = StreamAnswerer(
+            kv_model,
+            head,
+            after_frames_SD=model.newline_D.detach()[None],
+            never_ids=(model.chat.visual_id,),  # nobody can write a picture
+        )
 
     def ask(self, bank: BlockBank, question: str, max_tokens: int, until_s: float | None = None) -> "StreamAnswer":
         """Greedy answer in at most `max_tokens` tokens. Raises `RequestRefusedError` or `StreamError`."""

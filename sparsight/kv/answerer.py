@@ -62,12 +62,20 @@ class StreamAnswerer:
     """Answers questions about any stream whose blocks the same model has made.
 
     `head` is the model's language-model head. `after_frames_SD` are embeddings that the model was trained to see
-    between the last frame and the prompt (LLaVA-OneVision's `image_newline`).
+    between the last frame and the prompt (LLaVA-OneVision's `image_newline`). `never_ids` are never predicted: the
+    placeholder that stands for a picture.
     """
 
-    def __init__(self, model: KvTextModel, head: nn.Module, after_frames_SD: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: KvTextModel,
+        head: nn.Module,
+        after_frames_SD: Tensor | None = None,
+        never_ids: Collection[int] = (),
+    ) -> None:
         self._model = model
         self._head = head
+        self._never_ids = list(never_ids)
         self._after_frames_SD = model.embed(torch.empty(0, dtype=torch.long))
         if after_frames_SD is not None:
             self._after_frames_SD = after_frames_SD.detach().to(model.device, model.dtype)
@@ -124,16 +132,19 @@ class StreamAnswerer:
         shift = self._after_frames_SD.shape[0]
         rows_T = torch.tensor(question_tokens, device=self._model.device) + shift
         recall = _Recall(self._model, bank, index, retriever, rows_T, prompt_TD.shape[0] + room_tokens)
-        return Turn(self._model, self._head, recall, prompt_TD)
+        return Turn(self._model, self._head, recall, prompt_TD, self._never_ids)
 
 
 class Turn:
     """One question being answered: `logits_V` predict the next token, `step` appends one."""
 
-    def __init__(self, model: KvTextModel, head: nn.Module, recall: "_Recall", prompt_TD: Tensor) -> None:
+    def __init__(
+        self, model: KvTextModel, head: nn.Module, recall: "_Recall", prompt_TD: Tensor, never_ids: list[int]
+    ) -> None:
         self._model = model
         self._head = head
         self._recall = recall
+        self._never_ids = never_ids
         self.logits_V = self._next_logits(prompt_TD)
 
     @property
@@ -147,7 +158,9 @@ class Turn:
     def _next_logits(self, embeds_TD: Tensor) -> Tensor:
         hidden_TD = self._model.run(embeds_TD, self._recall)
         with torch.no_grad():
-            return self._head(hidden_TD[-1])
+            logits_V = self._head(hidden_TD[-1])
+            logits_V[self._never_ids] = -torch.inf
+        return logits_V
 
 
 class _Recall:

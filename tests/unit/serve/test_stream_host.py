@@ -51,17 +51,32 @@ def test_logits_and_answers_equal_those_of_the_chat_path(
     bank = filled(model, kv_model, frames)
     decoder = clip_decoder(model, frames)
     prompt = model.chat.frames_prompt(QUESTION)
-    answerer = StreamAnswerer(kv_model, model.model.get_output_embeddings(), model.newline_D[None])
+    head, placeholder = model.model.get_output_embeddings(), model.chat.visual_id
+    answerer = StreamAnswerer(kv_model, head, model.newline_D[None], never_ids={placeholder})
     retriever = BestAndRecent(14, 2)
     turn = answerer.begin(bank, torch.tensor(prompt.after_ids), retriever, question=prompt.question, room_tokens=1)
-    theirs_V = turn.logits_V.clone()
-    theirs_V[model.chat.visual_id] = -torch.inf  # as the chat path has it
-    torch.testing.assert_close(theirs_V, decoder.logits_BV[0], atol=1e-4, rtol=1e-4)
+    assert turn.logits_V[placeholder] == -torch.inf
+    torch.testing.assert_close(turn.logits_V, decoder.logits_BV[0], atol=1e-4, rtol=1e-4)
 
     answer = QuestionAnswerer(model, kv_model, EVERYTHING).ask(bank, QUESTION, 16)
     [ids] = decoder.decode([16])
     assert answer.text == model.chat.decode(ids)
     assert {moment.number for moment in answer.answer.moments()} == set(range(frames))
+
+
+def test_nobody_can_write_a_picture(model: VisionLanguageModel, kv_model: KvTextModel) -> None:
+    """Not even a model that would write nothing else."""
+    bank, placeholder = filled(model, kv_model, 2), model.chat.visual_id
+    head = model.model.get_output_embeddings()
+    answerer = QuestionAnswerer(model, kv_model, EVERYTHING)
+    expected = answerer.ask(bank, QUESTION, 8).answer.ids
+    handle = head.register_forward_hook(lambda _, __, logits_V: logits_V.index_fill(-1, torch.tensor(placeholder), 1e6))
+    with torch.no_grad():
+        assert head(torch.zeros(model.newline_D.shape[0])).argmax() == placeholder
+    ids = answerer.ask(bank, QUESTION, 8).answer.ids
+    handle.remove()
+    assert ids == expected
+    assert placeholder not in ids
 
 
 def test_an_encoder_goes_on_where_another_ended(model: VisionLanguageModel, kv_model: KvTextModel) -> None:
