@@ -265,9 +265,17 @@ def test_an_unfinished_export_is_not_served(tmp_path: Path, capsys: pytest.Captu
     assert line.startswith(f"error: '{tmp_path}' holds no finished artefact")
 
 
-def blocks(language: str) -> list[str]:
-    """The page's code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    """The page's code blocks of a language, at least one: pytest would skip a test that has none."""
+    found = re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert found, f"the page shows no {language}"
+    return found
+
+
+def test_a_page_without_code_is_seen() -> None:
+    assert blocks("python", "```python\n1\n```") == ["1\n"]
+    with pytest.raises(AssertionError, match="shows no python"):
+        blocks("python", "```sh\nls\n```")
 
 
 def run(command: list[str], address: str) -> str:
