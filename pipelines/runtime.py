@@ -1,20 +1,15 @@
 """What every pipeline does before it uses the cluster: connect, and ask for what a stage needs before it waits for it.
 
-The connection itself is `actors.runtime`, shared with serving. Nothing here knows what the resources are used for.
+Both are done by `actors.runtime`, shared with serving. Nothing here knows what the resources are used for.
 """
 
 import logging
 import os
-import time
 
-import ray
 from ray.data import DataContext
 
 from actors import runtime
 from sparsight.config import ResourcesConfig
-from sparsight.errors import SparsightError
-
-_POLL_S = 0.5
 
 
 def connect(resources: ResourcesConfig) -> None:
@@ -30,25 +25,9 @@ def connect(resources: ResourcesConfig) -> None:
 def require(cpus: float, gpus: float = 0.0, timeout_s: float = 300.0, what: str = "this stage") -> None:
     """Wait until the cluster as a whole has so many CPUs and GPUs.
 
-    Raises `SparsightError` naming what is missing after `timeout_s`: a cluster that grows gets that long, a fixed
-    one that is too small would otherwise leave the stage waiting for ever.
+    Raises `SparsightError` naming what is missing after `timeout_s`.
     """
-    wanted = {"CPU": cpus, "GPU": gpus}
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        offered = ray.cluster_resources()
-        missing = {name: amount for name, amount in wanted.items() if offered.get(name, 0.0) < amount}
-        if not missing:
-            return
-        left_s = deadline_s - time.monotonic()
-        if left_s <= 0.0:
-            lacks = " and ".join(
-                f"{amount:g} {name} (the cluster has {offered.get(name, 0.0):g})" for name, amount in missing.items()
-            )
-            raise SparsightError(
-                f"{what} needs {lacks}: add machines, raise resources.num_cpus, or ask for less under `resources`"
-            )
-        time.sleep(min(_POLL_S, left_s))
+    runtime.require(cpus, gpus, timeout_s, what, "raise resources.num_cpus, or ask for less under `resources`")
 
 
 def _set_up_data() -> None:

@@ -19,13 +19,13 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.deployment import Application
 
-from actors.runtime import connect
+from actors.runtime import connect, require
 from serve_apps.ingress import Ingress
 from serve_apps.settings import ServiceSettings, check_export
 from serve_apps.stream_app import StreamReplica, bank_actor
 from serve_apps.student_app import StudentReplica
 from sparsight import layout
-from sparsight.config import ServeConfig, load
+from sparsight.config import ResourcesConfig, ServeConfig, load
 from sparsight.errors import ConfigError, SparsightError, one_line, user_error
 from sparsight.observe import say
 
@@ -33,7 +33,10 @@ APPLICATION = "sparsight"
 INGRESS_REQUESTS = 256
 """Requests that one ingress replica has in hand; those beyond what the models take are refused from there."""
 STREAM_REQUESTS = 16
+MODEL_REPLICAS = 2
+"""Replicas that take `serve.threads` CPUs each: one for chats, one for streams."""
 USER_ERROR = 2
+INTERRUPTED = 130
 
 
 def build(args: ServiceSettings) -> Application:
@@ -64,26 +67,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides")
     parser.add_argument("--model", help="a finished export: a folder or s3:// URI; overrides the run's own")
     arguments = parser.parse_args(argv)
-    stopped = threading.Event()
     try:
-        settings = _settings(arguments.config, arguments.overrides, arguments.model)
+        settings, resources = _settings(arguments.config, arguments.overrides, arguments.model)
         application = build(settings)
-        if not os.environ.get("RAY_ADDRESS"):  # elsewhere the address belongs to other machines
+        joined = bool(os.environ.get("RAY_ADDRESS"))
+        if not joined:  # elsewhere the address belongs to other machines
             check_address(settings.serve)
-        connect()
+        connect(resources.num_cpus)
+        require_cpus(settings.serve, resources.start_timeout_s if joined else 0.0)  # one that is started here is fixed
         for signal_number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signal_number, lambda *_: stopped.set())
-        run(application, settings.serve)
+            signal.signal(signal_number, signal.default_int_handler)
+        _serve_until_interrupted(application, settings)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
     except Exception as error:
         mendable = user_error(error)
         if mendable is None:
             raise
         say(f"error: {one_line(mendable)}")
         return USER_ERROR
-    say(f"serving {settings.model} at http://{settings.serve.host}:{settings.serve.port}/v1 (Ctrl-C stops it)")
-    stopped.wait()
-    serve.delete(APPLICATION)
     return 0
+
+
+def require_cpus(config: ServeConfig, timeout_s: float) -> None:
+    """Raises `SparsightError` unless the connected cluster has the CPUs of the replicas, or gets them in time.
+
+    Serve itself would wait for them without end.
+    """
+    remedy = "raise resources.num_cpus, or lower serve.threads"
+    require(MODEL_REPLICAS * config.threads, 0.0, timeout_s, "the service", remedy)
+
+
+def _serve_until_interrupted(application: Application, settings: ServiceSettings) -> None:
+    """Answer until `KeyboardInterrupt`, then delete the application. One that comes before answers do is raised."""
+    answers = False
+    try:
+        run(application, settings.serve)
+        answers = True
+        say(f"serving {settings.model} at http://{settings.serve.host}:{settings.serve.port}/v1 (Ctrl-C stops it)")
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        if APPLICATION in serve.status().applications:
+            serve.delete(APPLICATION)
+        if not answers:
+            raise
 
 
 def check_address(config: ServeConfig) -> None:
@@ -128,16 +156,18 @@ def _reason(error: Exception) -> str:
     return text.splitlines()[-1].rstrip(". ")
 
 
-def _settings(config_path: str | None, overrides: Sequence[str], model: str | None) -> ServiceSettings:
+def _settings(
+    config_path: str | None, overrides: Sequence[str], model: str | None
+) -> tuple[ServiceSettings, ResourcesConfig]:
+    """What is served, and the cluster to serve it on."""
     if config_path is None:
         if model is None or overrides:
             raise ConfigError("give --config FILE (with --set as needed), or --model EXPORT alone")
-        return ServiceSettings(model=model)
+        return ServiceSettings(model=model), ResourcesConfig()
     config = load(config_path, overrides)
     name = config.distill.students[0].name
-    return ServiceSettings(
-        model=model or f"{config.run_dir.rstrip('/')}/{layout.EXPORT}", name=name, serve=config.serve
-    )
+    export = model or f"{config.run_dir.rstrip('/')}/{layout.EXPORT}"
+    return ServiceSettings(model=export, name=name, serve=config.serve), config.resources
 
 
 if __name__ == "__main__":
