@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.times import read_times
 from sparsight import layout
 from sparsight.artifacts import MANIFEST, Artifact, Manifest, RunDirectory, code_revision, digest, read_manifest
-from sparsight.config import RunConfig, TinyTeacherConfig
+from sparsight.config import RunConfig, StudentRun, TinyTeacherConfig
 from sparsight.distill.telemetry import LayerHistory, read_history
 from sparsight.errors import ArtifactError
 from sparsight.evaluate.machine import describe_machine
@@ -23,7 +23,7 @@ from sparsight.evaluate.plots import (
     load_history,
     training_curves,
 )
-from sparsight.evaluate.report import ArtifactRow, Report
+from sparsight.evaluate.report import SFT_STUDENT, ArtifactRow, Report, Training
 from sparsight.evaluate.results import Evaluation
 from sparsight.observe import read_metrics, say
 from sparsight.storage import Storage
@@ -80,7 +80,7 @@ def _artifact(config: RunConfig, evaluation: Manifest) -> Artifact:
     run = RunDirectory(config.run_dir)
     inputs = {name: digest(manifest) for name, manifest in _manifests(config, run.storage).items()}
     inputs["times"] = digest(_times(run.storage, evaluation))
-    return run.artifact(layout.asked(config.evaluate.sets, layout.REPORT), KIND, VERSION, {}, inputs)
+    return run.artifact(layout.asked(config.evaluate.sets, layout.REPORT), KIND, VERSION, training_of(config), inputs)
 
 
 def _times(storage: Storage, evaluation: Manifest) -> dict[str, float]:
@@ -120,7 +120,41 @@ def gather(config: RunConfig, evaluation: Evaluation, manifest: Manifest, pictur
         machine=describe_machine(),
         revision=code_revision(),
         pictures=pictures,
+        training=training_of(config),
     )
+
+
+def training_of(config: RunConfig) -> Training:
+    """How the configuration makes its models, as far as a report speaks of it."""
+    teacher, (first, *others) = config.teacher, config.distill.students
+    tiny = isinstance(teacher, TinyTeacherConfig)
+    stages = [*(teacher.stages if tiny else ()), *(stage for it in config.distill.students for stage in it.stages)]
+    whole = [stage for stage in first.stages if stage.share == 1.0]
+    sft = next((student for student in others if student.name == SFT_STUDENT), None)
+    return Training(
+        shared_tower=tiny
+        and config.student.tower_from_teacher
+        and not any("tower" in stage.trainable for stage in stages),
+        student_sees_signals=any(stage.rows == "all" and stage.terms.forward_kl > 0.0 for stage in whole),
+        student_sees_answers=any(stage.rows != "pairs" and stage.terms.cross_entropy > 0.0 for stage in whole),
+        sft_is_twin=sft is not None and _architecture(sft) == _architecture(first) and _from_answers_alone(sft),
+        sft_takes_as_many_steps=sft is not None and _steps(sft) == _steps(first) is not None,
+    )
+
+
+def _architecture(student: StudentRun) -> tuple[Any, ...]:
+    return student.text_intermediate, [stage.upcycle for stage in student.stages if stage.upcycle is not None]
+
+
+def _from_answers_alone(student: StudentRun) -> bool:
+    learns = [stage.rows == "pairs" or stage.terms.forward_kl > 0.0 for stage in student.stages]
+    return student.start is None and not any(learns)
+
+
+def _steps(student: StudentRun) -> int | None:
+    """Of all stages together, where the configuration says so."""
+    steps = [stage.steps for stage in student.stages if stage.steps is not None]
+    return sum(steps) if len(steps) == len(student.stages) else None
 
 
 def _store_figures(manifests: Mapping[str, Manifest]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from sparsight.evaluate.report import Report
+from sparsight.evaluate.report import SFT_STUDENT, Report
 from sparsight.evaluate.results import TEACHER, Evaluation
 from sparsight.evaluate.scores import Share
 
@@ -24,11 +24,8 @@ are of three kinds: drawn at random, the most frequent in all pictures, and adve
 likely."""
 
 
-SEEN = """\
-All models share one vision tower, frozen after it was trained with the answers of all training pictures. Beyond it,
-the first student learns from the teacher's signals on all training pictures and from ground-truth answers to {answered}
-of {questions} training questions; `sft_student`, where there is one, from those ground-truth answers alone, with as
-many steps."""
+SHARED_TOWER = """\
+All models share one vision tower, frozen after it was trained with the answers of all training pictures. """
 
 
 def render(report: Report) -> str:
@@ -72,11 +69,21 @@ def _opening(report: Report) -> str:
 
 
 def _seen(report: Report) -> str:
-    known = report.store_figures
+    known, training = report.store_figures, report.training
     if "training_questions" not in known:
         return "The samples that the students learned from are not in this run directory."
     answered, questions = known["ground_truth_questions"], known["training_questions"]
-    return SEEN.format(answered=f"{answered:,.0f} ({answered / questions:.1%})", questions=f"{questions:,.0f}")
+    text = SHARED_TOWER if training.shared_tower else ""
+    text += f"The students' samples hold ground-truth answers to {answered:,.0f} ({answered / questions:.1%}) of "
+    text += f"{questions:,.0f} training questions."
+    sources = ["the teacher's signals on all training pictures"] if training.student_sees_signals else []
+    sources += ["those answers"] if training.student_sees_answers else []
+    if sources:
+        text += f" The first student learns from {' and from '.join(sources)}."
+    if training.sft_is_twin:
+        steps = ", with as many steps" if training.sft_takes_as_many_steps else ""
+        text += f" `{SFT_STUDENT}` learns from those answers alone{steps}."
+    return text
 
 
 def _headline(evaluation: Evaluation) -> str:

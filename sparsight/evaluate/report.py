@@ -40,6 +40,22 @@ class ArtifactRow(BaseModel):
     code_revision: str
 
 
+class Training(BaseModel):
+    """What the configuration says about how the models came to be. A report states nothing of it that is not true."""
+
+    model_config = ConfigDict(frozen=True)
+
+    shared_tower: bool = False
+    """All models have the tower of a teacher made in the run, and no stage after its own training changed it."""
+    student_sees_signals: bool = False
+    """A stage of the first student learns from the teacher's signals on all training pictures."""
+    student_sees_answers: bool = False
+    """A stage of the first student learns from all ground-truth answers among its samples."""
+    sft_is_twin: bool = False
+    """`sft_student` has the first student's architecture and learns from ground-truth answers alone."""
+    sft_takes_as_many_steps: bool = False
+
+
 class Report(BaseModel):
     """Everything a report says."""
 
@@ -54,6 +70,7 @@ class Report(BaseModel):
     there are and how many of them reach the students with their answers."""
     export: dict[str, str]
     """What the export's check said, by reader."""
+    training: Training = Training()
     machine: str
     revision: str
     pictures: list[tuple[str, str]] = []
@@ -67,7 +84,7 @@ class Report(BaseModel):
 
     @property
     def verdicts(self) -> list[Verdict]:
-        return verdicts(self.figures)
+        return verdicts(self.figures, self.training)
 
     def to_json(self) -> bytes:
         """`figures`, `machine` and `revision`, and the verdicts and artefacts beside them."""
@@ -82,11 +99,11 @@ class Report(BaseModel):
         return json.dumps(values, indent=2, allow_nan=False).encode() + b"\n"
 
 
-def verdicts(values: Mapping[str, float]) -> list[Verdict]:
+def verdicts(values: Mapping[str, float], training: Training) -> list[Verdict]:
     """The goals that can be judged from the figures at hand; a goal whose models are missing is left out."""
     judged = [
         _teacher_verdict(values),
-        _sft_verdict(values),
+        _sft_verdict(values, training),
         _distance_verdict(values),
         _size_verdict(values),
         _signal_verdict(values),
@@ -107,13 +124,15 @@ def _teacher_verdict(values: Mapping[str, float]) -> Verdict | None:
     return Verdict(goal=f"teacher accuracy at least {TEACHER_GOAL}", met=value >= TEACHER_GOAL, measured=f"{value:.4f}")
 
 
-def _sft_verdict(values: Mapping[str, float]) -> Verdict | None:
+def _sft_verdict(values: Mapping[str, float], training: Training) -> Verdict | None:
     student, other, gap = f"{STUDENT}_accuracy", f"{SFT_STUDENT}_accuracy", f"{STUDENT}_minus_{SFT_STUDENT}"
     if not _have(values, [student, other, gap, f"{gap}_low"]):
         return None
     sure = "beyond chance" if values[f"{gap}_low"] > 0.0 else "not beyond chance"
     measured = f"{values[student]:.4f} against {values[other]:.4f}, difference {_gap(values, gap)}"
-    goal = "student better than the same student, on the same frozen tower, trained on the ground-truth answers alone"
+    tower = ", on the same frozen tower," if training.shared_tower else ""
+    twin = f"the same student{tower} trained on the ground-truth answers alone"
+    goal = f"student better than {twin if training.sft_is_twin else SFT_STUDENT}"
     return Verdict(goal=goal, met=values[student] > values[other], measured=f"{measured}, {sure}")
 
 

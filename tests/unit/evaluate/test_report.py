@@ -14,7 +14,7 @@ from sparsight.evaluate.answers import Answer
 from sparsight.evaluate.hallucination import hallucination
 from sparsight.evaluate.page import headline_table, render
 from sparsight.evaluate.plots import accuracy_bars, expert_load, training_curves
-from sparsight.evaluate.report import ArtifactRow, Report, verdicts
+from sparsight.evaluate.report import ArtifactRow, Report, Training, verdicts
 from sparsight.evaluate.results import Evaluation, ModelResult, baseline_result, figures, paired, set_result, shares
 from sparsight.evaluate.scores import Baselines
 from sparsight.records import Turn
@@ -151,9 +151,39 @@ def test_verdicts_follow_the_measured_values(report: Report) -> None:
         "signal_bytes_per_token": 120.1,
         "ground_truth_questions": 101.0,
     }
-    assert [verdict.met for verdict in verdicts(values | changed)] == [False] * 6
-    assert "not beyond chance" in verdicts(values | {"student_minus_sft_student_low": -0.001})[1].measured
-    assert [verdict.goal for verdict in verdicts({"student_accuracy": 1.0})] == []
+    assert [verdict.met for verdict in verdicts(values | changed, Training())] == [False] * 6
+    assert "not beyond chance" in verdicts(values | {"student_minus_sft_student_low": -0.001}, Training())[1].measured
+    assert [verdict.goal for verdict in verdicts({"student_accuracy": 1.0}, Training())] == []
+
+
+def section(page: str, title: str) -> str:
+    return page.split(f"## {title}\n\n")[1].split("\n\n## ")[0]
+
+
+def test_the_page_states_no_training_that_the_configuration_does_not_have(report: Report) -> None:
+    seen = "What the models have seen"
+    assert section(render(report), seen) == (
+        "The students' samples hold ground-truth answers to 100 (10.0%) of 1,000 training questions."
+    )
+    assert report.verdicts[1].goal == "student better than sft_student"
+    names = list(Training.model_fields)
+    told = [
+        section(render(report.model_copy(update={"training": Training.model_validate({name: True})})), seen)
+        for name in names
+    ]
+    assert [name for name, text in zip(names, told, strict=True) if "tower" in text] == ["shared_tower"]
+    assert [name for name, text in zip(names, told, strict=True) if "signals" in text] == ["student_sees_signals"]
+    assert [name for name, text in zip(names, told, strict=True) if "sft_student" in text] == ["sft_is_twin"]
+    whole = report.model_copy(update={"training": Training.model_validate(dict.fromkeys(names, True))})
+    assert section(render(whole), seen) == (
+        "All models share one vision tower, frozen after it was trained with the answers of all training pictures. "
+        "The students' samples hold ground-truth answers to 100 (10.0%) of 1,000 training questions. The first student "
+        "learns from the teacher's signals on all training pictures and from those answers. `sft_student` learns from "
+        "those answers alone, with as many steps."
+    )
+    assert whole.verdicts[1].goal == (
+        "student better than the same student, on the same frozen tower, trained on the ground-truth answers alone"
+    )
 
 
 def test_a_share_of_nothing_is_no_figure(report: Report) -> None:
