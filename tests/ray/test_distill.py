@@ -103,6 +103,7 @@ def kill_worker(config: RunConfig, stage: Path) -> None:
     try:
         wait_until(lambda: steps_taken(stage) > EVERY, "a step after a checkpoint", work.is_alive)
         workers = wait_until(lambda: children_named("ray::RayTrainWorker"), "a worker at work", work.is_alive)
+        assert steps_taken(stage) < STEPS, "the stage was over before a worker was killed"
         os.kill(workers[-1], signal.SIGKILL)
     finally:
         work.join(DEADLINE_S)
