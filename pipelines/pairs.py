@@ -1,4 +1,4 @@
-"""Preference pairs: a student's and the teacher's answers to training questions, judged, on Ray Data.
+"""Preference pairs: a student's and the teacher's answers to questions, judged, on Ray Data.
 
 The pass over the questions, which may be killed anywhere, is `row_job`; here is which questions are asked, what a row
 is, and the manifest, which comes last, after every question is accounted for. How a pair is made is in
@@ -133,7 +133,9 @@ def _artifact(config: RunConfig, run: RunDirectory, before: ModelArtifact, ident
 
 def pictures_of_pairs(config: RunConfig) -> str:
     """The artefact of samples that holds the pictures of all pairs."""
-    return layout.IMPORTED_PAIRS if _imports(config) else layout.STUDENT_SAMPLES
+    if _imports(config):
+        return layout.IMPORTED_PAIRS
+    return layout.KEPT_SAMPLES if config.pairs.samples == "kept" else layout.STUDENT_SAMPLES
 
 
 def pair_settings(config: RunConfig) -> PairSettings:
@@ -145,7 +147,8 @@ def _imports(config: RunConfig) -> bool:
 
 
 def _asked_samples(config: RunConfig) -> str:
-    return layout.STUDENT_SAMPLES if config.pairs.samples == "student" else layout.TEACHER_SAMPLES
+    places = {"student": layout.STUDENT_SAMPLES, "teacher": layout.TEACHER_SAMPLES, "kept": layout.KEPT_SAMPLES}
+    return places[config.pairs.samples]
 
 
 def _models(config: RunConfig, run: RunDirectory, before: ModelArtifact) -> PairModels:

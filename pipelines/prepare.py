@@ -3,8 +3,9 @@
 Training rows of all sources are imported once (decoded, checked, quarantined where unusable) into a scratch folder of
 the run, then dealt out by content hash into `samples/teacher` (all answers), `samples/student` (answers for a share
 of the pictures), `samples/validation` and `samples/test_<source>`. About held-out scenes and COCO pictures,
-`samples/test_pope` and `samples/test_coco` ask what shows hallucination. Memory holds one file of samples and the
-rows' hashes. Plain Python: nothing here needs a cluster. Run as `python -m pipelines.prepare --config FILE`.
+`samples/test_pope` and `samples/test_coco` ask what shows hallucination; `samples/kept` are for preference pairs.
+Memory holds one file of samples and the rows' hashes. Plain Python: nothing here needs a cluster. Run as
+`python -m pipelines.prepare --config FILE`.
 """
 
 import sys
@@ -99,7 +100,7 @@ def plan_artifacts(config: RunConfig) -> dict[str, Artifact]:
     """
     run = RunDirectory(config.run_dir)
     sources = config.data.training_sources
-    data = config.data.model_dump(mode="json") | {"sources": [source.model_dump(mode="json") for source in sources]}
+    data = config.data.model_dump(mode="json") | {"sources": [_trained_on(source) for source in sources]}
     fraction, hallucination = data.pop("ground_truth_fraction"), data.pop("hallucination")
     shared = {"data": data, "seed": config.seed, "scenes_version": SCENES_VERSION}
     inputs = {f"source_{index}_{source.kind}": source_digest(source) for index, source in enumerate(sources)}
@@ -110,8 +111,11 @@ def plan_artifacts(config: RunConfig) -> dict[str, Artifact]:
     if config.data.validation_fraction > 0.0:
         configs[layout.VALIDATION_SAMPLES] = shared
     configs |= dict.fromkeys(question_sets(config.data), shared)
+    kept = [source.model_dump(mode="json") for source in _keeping(config.data)]
+    if kept:
+        configs[layout.KEPT_SAMPLES] = {**shared, "kept": kept}
     for source in _hallucination_sources(config.data):
-        settings = {"source": source.model_dump(mode="json"), "source_digest": source_digest(source)}
+        settings = {"source": _trained_on(source), "source_digest": source_digest(source)}
         configs[HALLUCINATION_SETS[source.kind]] = {**shared, "hallucination": hallucination, **settings}
     return {
         name: run.artifact(name, KIND, SAMPLES_VERSION, {"name": name, **settings}, inputs)
@@ -142,7 +146,17 @@ def source_digest(source: DataSource) -> str:
     if isinstance(source, CocoSource):
         captions = [] if source.captions is None else [Path(source.captions)]
         return files_digest(Path(source.annotations), *captions, Path(source.pictures))
-    return digest(source)
+    return digest(_trained_on(source))
+
+
+def _trained_on(source: DataSource) -> dict[str, Any]:
+    """A source's settings but for those that the kept pictures alone depend on."""
+    return source.model_dump(mode="json", exclude={"pair_pictures"})
+
+
+def _keeping(data: DataConfig) -> list[ScenesSource]:
+    """The sources that keep pictures for preference pairs."""
+    return [source for source in data.sources if isinstance(source, ScenesSource) and source.pair_pictures > 0]
 
 
 def _hallucination_sources(data: DataConfig) -> list[ScenesSource | CocoSource]:
@@ -245,6 +259,8 @@ def _write(name: str, artifact: Artifact, config: RunConfig, scratch: Storage, i
             samples = (row if row.content_hash in deal.answered else row.without_answers() for row in samples)
     elif name == layout.VALIDATION_SAMPLES:
         samples = _dealt(scratch, lambda content_hash: content_hash in deal.validation)
+    elif name == layout.KEPT_SAMPLES:
+        samples = _kept_samples(config, imported)
     elif name in HALLUCINATION_SETS.values():
         rows, vocabulary = hallucination_rows(name, config, imported)
         artifact.storage.write_bytes(VOCABULARY, vocabulary.to_json())
@@ -275,6 +291,15 @@ def _test_samples(
             yield from _usable(rows, f"{source.kind} test", quarantined)
     if name in deal.test:
         yield from _dealt(scratch, lambda content_hash: content_hash in deal.test[name])
+
+
+def _kept_samples(config: RunConfig, imported: Imported) -> Iterator[Sample]:
+    """The pictures kept for preference pairs; none is a training or a test picture."""
+    seen = frozenset(imported.hash_of.values())
+    for source in _keeping(config.data):
+        tests = scene_samples(source, "test", config.seed, config.data.turns_per_sample, exclude=seen)
+        seen |= {sample.content_hash for sample in tests}
+        yield from scene_samples(source, "pairs", config.seed, config.data.turns_per_sample, exclude=seen)
 
 
 def hallucination_rows(name: str, config: RunConfig, imported: Imported) -> tuple[Rows, ObjectVocabulary]:

@@ -163,9 +163,10 @@ class LabelConfig(Slice):
 class PairsConfig(Slice):
     """Preference pairs: several answers to one question, judged, of which the best and the worst are kept."""
 
-    samples: Literal["student", "teacher"] = "student"
-    """Training samples whose questions are asked: as the student sees them, or with all answers, as the tiny teacher
-    does. The judge `truth` compares with the answers that are there; questions without one are skipped."""
+    samples: Literal["student", "teacher", "kept"] = "student"
+    """Samples whose questions are asked: the training samples as the student sees them, or with all answers, as the
+    tiny teacher does, or pictures kept for this (`pair_pictures` of a source), with all answers. The judge `truth`
+    compares with the answers that are there; questions without one are skipped."""
     import_path: str | None = None
     """Ready-made pairs in RLAIF-V's form instead: a file, or a folder of Parquet or JSON parts. The teacher scores
     their answers, nobody judges them."""
@@ -327,6 +328,13 @@ class RunConfig(Slice):
     distill: DistillConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        kept = sum(source.pair_pictures for source in self.data.sources if isinstance(source, ScenesSource))
+        if self.pairs.samples == "kept" and kept == 0:
+            raise ValueError("pairs.samples is 'kept', but no source keeps pictures for pairs: set its pair_pictures")
+        return self
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

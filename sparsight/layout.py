@@ -7,6 +7,7 @@ and by the service for the export.
 TEACHER_SAMPLES = "samples/teacher"
 STUDENT_SAMPLES = "samples/student"
 VALIDATION_SAMPLES = "samples/validation"
+KEPT_SAMPLES = "samples/kept"
 IMPORTED_PAIRS = "samples/imported_pairs"
 TEACHER = "teacher"
 SIGNALS = "signals"

@@ -38,6 +38,11 @@ class ScenesSource(Slice):
     """Most shapes in one picture."""
     distinct: bool = Field(default=False, exclude_if=lambda value: not value)
     """No two shapes of a picture alike, so that who names one twice is wrong."""
+    hidden: float = Field(default=0.0, ge=0.0, le=1.0, exclude_if=lambda value: not value)
+    """Share of the training pictures in which one more shape lies unseen behind another. Their descriptions end with
+    it, because their writers knew of it; nothing else asks for it, and held-out pictures hide nothing."""
+    pair_pictures: int = Field(default=0, ge=0, exclude_if=lambda value: not value)
+    """Further pictures for preference pairs (`pairs.samples: kept`), which no other stage sees; they hide nothing."""
     size_pixels: int = 64
     """Side of the square pictures."""
 

@@ -6,6 +6,7 @@ positions are clearly apart. Called by `pipelines.prepare`; the wording follows 
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations, count, pairwise, product
 from random import Random
 from typing import Literal, NamedTuple
@@ -25,7 +26,7 @@ VERTICAL = ("above", "below")
 CLEAR_PIXELS = 2.0
 """Things at least this far apart are in a clear order."""
 
-Split = Literal["train", "test"]
+Split = Literal["train", "test", "pairs"]
 
 
 class DrawnScene(NamedTuple):
@@ -37,12 +38,13 @@ class DrawnScene(NamedTuple):
 
 
 def drawn_scenes(source: ScenesSource, split: Split, seed: int, exclude: Collection[str] = ()) -> Iterator[DrawnScene]:
-    """The scenes of a split: `source.pictures` for training, `source.test_pictures` held out.
+    """The scenes of a split: `source.pictures` for training, `source.test_pictures` held out, `source.pair_pictures`
+    for preference pairs.
 
-    Both splits draw from streams of their own. Pictures whose content hash is in `exclude` are drawn again, so a test
+    Splits draw from streams of their own. Pictures whose content hash is in `exclude` are drawn again, so a test
     set made with the training hashes shares no picture with it. Same arguments, same bytes.
     """
-    wanted = source.pictures if split == "train" else source.test_pictures
+    wanted = {"train": source.pictures, "test": source.test_pictures, "pairs": source.pair_pictures}[split]
     made = 0
     for index in count():
         if made == wanted:
@@ -61,7 +63,10 @@ def scene_samples(
 ) -> Iterator[Sample]:
     """The scenes of a split (see `drawn_scenes`) with their questions as samples. Same arguments, same bytes."""
     for number, (scene, picture, random) in enumerate(drawn_scenes(source, split, seed, exclude)):
-        for part, piece in enumerate(pieces(ask(scene, random), turns_per_sample)):
+        turns = ask(scene, random)
+        if split == "train" and random.random() < source.hidden:
+            turns = _with_hidden(turns, scene, random)
+        for part, piece in enumerate(pieces(turns, turns_per_sample)):
             yield Sample(f"scenes/{split}/{number}/{part}", (picture,), piece, "scenes", independent=True)
 
 
@@ -72,6 +77,17 @@ def ask(scene: Scene, random: Random) -> tuple[Turn, ...]:
     turns += _colour(scene, random) + _shape(scene, random) + _relations(scene, random) + _caption(scene)
     random.shuffle(turns)
     return tuple(turns)
+
+
+def _with_hidden(turns: Sequence[Turn], scene: Scene, random: Random) -> tuple[Turn, ...]:
+    """The turns of a scene behind one of whose objects lies another that does not show: like those that do in colour
+    and shape, where such a pair is left. Descriptions end with it."""
+    hard, near = absent_pairs(scene)
+    colour, shape = random.choice(hard or near)
+    return tuple(
+        replace(turn, answer=f"{turn.answer}, {colour} {shape}") if turn.answer_type == "caption" else turn
+        for turn in turns
+    )
 
 
 def _existence(scene: Scene, random: Random, present: bool) -> Turn:

