@@ -22,7 +22,7 @@ from sparsight.records import SAMPLES_VERSION, Quarantined, Sample
 from sparsight.storage import Storage
 
 KIND = "samples"
-TRAINING = frozenset({layout.TEACHER_SAMPLES, layout.STUDENT_SAMPLES, layout.IMPORTED_PAIRS})
+TRAINING = frozenset({layout.TEACHER_SAMPLES, layout.STUDENT_SAMPLES, layout.KEPT_SAMPLES, layout.IMPORTED_PAIRS})
 """Stores of samples to learn from; all others of a run are for choosing settings and for tests."""
 
 

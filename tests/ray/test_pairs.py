@@ -61,7 +61,7 @@ def run_config(run_dir: Path, workers: int = 1, **settings: Any) -> RunConfig:
         {
             "run_dir": str(run_dir),
             "data": {
-                "sources": [{"kind": "scenes", "pictures": 44, "test_pictures": 4, "size_pixels": 32}],
+                "sources": [{"kind": "scenes", "pictures": 44, "test_pictures": 4, "pair_pictures": 5, "size_pixels": 32}],
                 "validation_fraction": 0.2,
             },
             "teacher": {"kind": "tiny", "stages": [stage]},
@@ -149,6 +149,19 @@ def test_no_pair_shows_a_picture_of_validation_or_tests(whole_run: Path) -> None
     assert shown
     assert not shown & held_out
     assert shown <= {sample.content_hash for sample in read_samples(run.finished("samples/student")[0])}
+
+
+def test_pairs_about_kept_pictures_show_nothing_else(inputs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(inputs, run_dir)
+    config = run_config(run_dir, samples="kept", judge="truth", include_truth=True)
+    pairs(config)
+    rows, manifest = pairs_of(run_dir)
+    kept = read_samples(RunDirectory(str(run_dir)).finished("samples/kept")[0])
+    assert rows
+    assert {pair.content_hash for pair in rows} <= {sample.content_hash for sample in kept}
+    assert manifest.counts["input"] == sum(len(sample.turns) for sample in kept)
+    assert manifest.details["samples"] == pictures_of_pairs(config) == "samples/kept"
 
 
 def test_stored_log_probs_are_the_live_teachers(whole_run: Path) -> None:
