@@ -61,7 +61,9 @@ def run_config(run_dir: Path, workers: int = 1, **settings: Any) -> RunConfig:
         {
             "run_dir": str(run_dir),
             "data": {
-                "sources": [{"kind": "scenes", "pictures": 44, "test_pictures": 4, "pair_pictures": 5, "size_pixels": 32}],
+                "sources": [
+                    {"kind": "scenes", "pictures": 44, "test_pictures": 4, "pair_pictures": 5, "size_pixels": 32}
+                ],
                 "validation_fraction": 0.2,
             },
             "teacher": {"kind": "tiny", "stages": [stage]},
