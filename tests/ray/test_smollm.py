@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.run import run
+from pipelines.run import STAGES
 from sparsight.artifacts import RunDirectory
 from sparsight.config import RunConfig, TinyTeacherConfig, load
 from sparsight.model.routing import routers
@@ -33,8 +33,6 @@ CUTS = {
     "pairs.teacher_candidates": 1,
     "pairs.include_truth": True,  # after a few steps nobody else describes a scene
     "pairs.max_answer_tokens": 4,
-    "evaluate.limit": 4,
-    "evaluate.max_answer_tokens": 2,
 }
 STEPS = 2
 
@@ -54,7 +52,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def finished(config: RunConfig, ray_cluster: None) -> RunDirectory:
-    run(config)
+    for stage in STAGES:
+        if stage.name != "evaluate":  # the one that trains nothing; other runs' tests have it
+            stage.work(config)
     return RunDirectory(config.run_dir)
 
 
@@ -90,5 +90,3 @@ def test_the_last_stage_is_a_mixtral_that_was_exported_and_verified(config: RunC
     assert list(routers(student)) == [0]
     _, manifest = finished.finished("export", "export")
     assert manifest.details["verified"]["transformers"].startswith("equal")
-    report = json.loads((Path(finished.storage.uri) / "report/report.json").read_text())
-    assert 0.0 <= report["figures"]["student_accuracy"] <= 1.0
