@@ -173,17 +173,18 @@ def bare_products(layer: Any, x_BTD: torch.Tensor) -> Step:
     H, D = first_EHD.shape[1:]
     n = max(rows_E)
     x_nD, inner_nH, hidden_nI = torch.randn(n, D), torch.randn(n, H), torch.randn(n, H // 2)
+    out_nD, out_nH, out_nI = torch.empty(n, D), torch.empty(n, H), torch.empty(n, H // 2)
     grad_HD, grad_DI = torch.empty(H, D), torch.empty(D, H // 2)
 
     def step() -> None:
         for expert, rows in enumerate(rows_E):
             x, inner, hidden = x_nD[:rows], inner_nH[:rows], hidden_nI[:rows]
-            torch.mm(x, first_EHD[expert].T, out=inner)
-            torch.mm(hidden, second_EDI[expert].T, out=x)
-            torch.mm(x, second_EDI[expert], out=hidden)
+            torch.mm(x, first_EHD[expert].T, out=out_nH[:rows])
+            torch.mm(hidden, second_EDI[expert].T, out=out_nD[:rows])
+            torch.mm(x, second_EDI[expert], out=out_nI[:rows])
             torch.mm(x.T, hidden, out=grad_DI)
             torch.mm(inner.T, x, out=grad_HD)
-            torch.mm(inner, first_EHD[expert], out=x)
+            torch.mm(inner, first_EHD[expert], out=out_nD[:rows])
 
     return step
 

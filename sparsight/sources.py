@@ -40,7 +40,7 @@ class ScenesSource(Slice):
     """No two shapes of a picture alike, so that who names one twice is wrong."""
     hidden: float = Field(default=0.0, ge=0.0, le=1.0, exclude_if=lambda value: not value)
     """Share of the training pictures in which one more shape lies unseen behind another. Their descriptions end with
-    it, because their writers knew of it; nothing else asks for it, and held-out pictures hide nothing."""
+    it, as their writers knew of it. Other questions and answers know only what shows, and so do held-out pictures'."""
     pair_pictures: int = Field(default=0, ge=0, exclude_if=lambda value: not value)
     """Further pictures for preference pairs (`pairs.samples: kept`), which no other stage sees; they hide nothing."""
     size_pixels: int = 64

@@ -130,10 +130,8 @@ class StageConfig(Slice):
             if self.terms.preference > 0.0:
                 return "terms.preference learns from pairs of answers: set rows: pairs"
             return None if self.preference is None else "preference settings are for rows: pairs"
-        if self.terms.preference == 0.0:
-            return "rows: pairs are for preference: set terms.preference above 0"
         if self.preference is None:
-            return "terms.preference needs the settings of the loss: give preference: {loss: kto_pair}"
+            return "rows: pairs need the settings of the preference loss: give preference: {loss: kto_pair}"
         if self.terms.forward_kl > 0.0:
             return "pairs hold no teacher targets for terms.forward_kl: the teacher enters as preference.reference"
         return None

@@ -29,6 +29,7 @@ IRREGULAR: dict[str, tuple[str, ...]] = {
     "person": ("people", "persons"),
     "man": ("men",),
     "woman": ("women",),
+    "human": ("humans",),
     "child": ("children",),
     "knife": ("knives",),
     "mouse": ("mice",),

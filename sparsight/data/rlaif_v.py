@@ -66,7 +66,7 @@ def _open(part: Path) -> pq.ParquetFile:
 
 
 def _read(part: Path, folder: Path, data: DataConfig, held_out: frozenset[str]) -> Iterator[Sample | Quarantined]:
-    name = part.relative_to(folder).with_suffix("").as_posix()
+    name = part.relative_to(folder).as_posix()
     for index, row in enumerate(_rows(part)):
         label = f"{SOURCE}/{name}/{index}"
         try:
@@ -83,7 +83,7 @@ def _rows(part: Path) -> Iterator[Any]:
     if part.suffix != ".parquet":
         rows = read_json_lines(part) if part.suffix == ".jsonl" else read_json(part)
         if not isinstance(rows, list):
-            raise DataError(f"'{part}' must be a list of pairs, not a {type(rows).__name__}")
+            raise DataError(f"'{part}' must be a list of pairs, not a {type(rows).__name__}; replace the file")
         yield from rows
         return
     with _open(part) as opened:

@@ -64,12 +64,12 @@ class Compared(NamedTuple):
 
     @property
     def outcome(self) -> str:
-        """Whether `one` is the better model: holds, the other way, or not decided by these seeds."""
+        """Whether `one` is the better model: better, worse, or not decided by these seeds."""
         low, high = self.difference.low, self.difference.high
         if low <= 0.0 <= high:
             return "not decided"
         better = high < 0.0 if self.comparison.metric in LOWER_IS_BETTER else low > 0.0
-        return "holds" if better else "the other way"
+        return "better" if better else "worse"
 
 
 def closed_accuracy(evaluation: Evaluation, model: str) -> float:

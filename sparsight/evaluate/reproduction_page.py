@@ -78,7 +78,7 @@ def _comparisons(compared: Sequence[Compared]) -> str:
         for entry in compared
         for it, gap in [(entry.comparison, entry.difference)]
     ]
-    return _table(["better than", "metric", "difference [95 %]", "here", "published"], rows)
+    return _table(["compared", "metric", "difference [95 %]", "here", "published"], rows)
 
 
 def _models(found: Reproduction) -> str:

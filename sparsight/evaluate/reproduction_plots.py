@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from sparsight.evaluate.plots import COLOURS, DPI, NEUTRAL, WIDTH_IN
 from sparsight.evaluate.reproduction import LOWER_IS_BETTER, Compared, Metrics
 
-OUTCOME_COLOURS = {"holds": "#009E73", "the other way": "#D55E00", "not decided": NEUTRAL}
+OUTCOME_COLOURS = {"better": "#009E73", "worse": "#D55E00", "not decided": NEUTRAL}
 
 
 def differences(compared: Sequence[Compared]) -> bytes:

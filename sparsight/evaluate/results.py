@@ -12,6 +12,8 @@ from sparsight.evaluate.scores import Baselines, Difference, Share, answer_types
 from sparsight.model.routing import load_entropy
 
 TEACHER, STUDENT = "teacher", "student"
+DRAWN = "pope"
+"""The hallucination set of drawn scenes, whose figures need no name of a set."""
 
 
 class _Result(BaseModel):
@@ -145,8 +147,8 @@ def _model_figures(name: str, model: ModelResult, evaluation: Evaluation) -> dic
         found[f"{name}_tokens_per_s_batch_{batch}"] = value
         if name != TEACHER and batch in teacher:
             found[f"{name}_speed_vs_teacher_batch_{batch}"] = value / teacher[batch]
-    for index, (test_set, shown) in enumerate(model.hallucination.items()):
-        found |= hallucination_figures(f"{name}_{test_set}" if index else name, shown)
+    for test_set, shown in model.hallucination.items():
+        found |= hallucination_figures(name if test_set == DRAWN else f"{name}_{test_set}", shown)
     for layer, groups in model.expert_load.get(evaluation.headline_set, {}).items():
         found[f"{name}_largest_expert_share_layer_{layer}"] = max(max(load) for load in groups.values())
         for group, load in groups.items():

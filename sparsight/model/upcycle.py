@@ -27,7 +27,7 @@ _ARCHITECTURES = {
 
 
 def sparse_layers(pattern: str | Sequence[int], layers: int) -> list[int]:
-    """The text layers that a pattern makes sparse. Raises `ConfigError` for a layer that does not exist."""
+    """The text layers that a pattern makes sparse. Raises `ConfigError` for none, or one that is not there."""
     named = {
         "every_second": range(0, layers, 2),
         "first_half": range(layers // 2),
@@ -35,6 +35,8 @@ def sparse_layers(pattern: str | Sequence[int], layers: int) -> list[int]:
         "all": range(layers),
     }
     if isinstance(pattern, str):
+        if not named[pattern]:
+            raise ConfigError(f"upcycle.layers {pattern} of {layers} text layers are none: take another pattern")
         return list(named[pattern])
     wrong = [layer for layer in pattern if not 0 <= layer < layers]
     if wrong or not pattern:

@@ -84,6 +84,8 @@ def test_layer_patterns(pattern: Any, expected: list[int]) -> None:
 def test_what_cannot_be_made_sparse_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="layers 0 to 4"):
         sparse_layers([5], 5)
+    with pytest.raises(ConfigError, match="first_half of 1 text layers"):
+        sparse_layers("first_half", 1)
     with pytest.raises(ConfigError, match="'all'"):
         upcycle(dense_model("llama", tokenizer), UpcycleConfig(layers=[0]), seed=0)
     sparse = upcycle(dense_model("qwen3", tokenizer), UpcycleConfig(), seed=0)

@@ -23,7 +23,6 @@ MIMIC: dict[str, Any] = {"name": "mimic", "terms": {"forward_kl": 1.0}, "steps":
     ("stage", "message"),
     [
         ({**PAIRS, "rows": "all"}, r"terms\.preference learns from pairs of answers: set rows: pairs"),
-        ({**PAIRS, "terms": {"cross_entropy": 1.0}}, r"set terms\.preference above 0"),
         ({**PAIRS, "preference": None}, r"give preference: \{loss: kto_pair\}"),
         ({**PAIRS, "terms": {"preference": 1.0, "forward_kl": 1.0}}, "no teacher targets"),
         ({**MIMIC, "preference": {}}, "preference settings are for rows: pairs"),
@@ -45,6 +44,11 @@ def test_settings_of_preference_count_only_where_they_are_used() -> None:
     assert stage.model_dump(mode="json")["preference"]["loss"] == "kto_pair"
     assert StageConfig.model_validate(stage.model_dump()) == stage
     assert digest(stage) != digest(stage.model_copy(update={"terms": stage.terms.model_copy(update={"preference": 2})}))
+
+
+def test_pairs_may_be_for_their_chosen_answers_alone() -> None:
+    stage = StageConfig.model_validate({**PAIRS, "terms": {"cross_entropy": 1.0}})
+    assert (stage.terms.preference, stage.terms.cross_entropy) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("stages", [[PAIRS], [MIMIC, PAIRS, {**PAIRS, "name": "again"}]])

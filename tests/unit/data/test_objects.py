@@ -43,6 +43,7 @@ def test_scene_mentions(text: str, expected: list[str]) -> None:
     ("text", "expected"),
     [
         ("A man walks his dogs past two men and a woman.", ["person", "dog", "person", "person"]),
+        ("two humans, a fireman and firemen", ["person"] * 3),
         ("a hot dog beside a dog", ["hot dog", "dog"]),
         ("Hot-dogs; hot, dog", ["hot dog", "dog"]),
         ("a teddy bear, a bear cub, a polar bear", ["teddy bear", "bear", "bear"]),

@@ -47,7 +47,7 @@ def test_parts_are_read_in_order(tmp_path: Path, picture_bytes: Callable[..., by
     assert rows.total == 3
     assert samples == [
         Sample(
-            f"rlaif_v/part_00{number // 2}/{number % 2}",
+            f"rlaif_v/part_00{number // 2}.parquet/{number % 2}",
             (blue if number == 2 else red,),
             (
                 Turn(f"What is in picture {number}?", f"A shape, number {number}."),

@@ -117,6 +117,16 @@ def test_hallucination_is_beside_the_teachers(report: Report) -> None:
         ]
 
 
+def test_figures_about_real_pictures_say_so_where_there_are_no_others(report: Report) -> None:
+    models = {
+        name: found.model_copy(update={"hallucination": {"coco": found.hallucination["coco"]}})
+        for name, found in report.evaluation.models.items()
+    }
+    figure = figures(report.evaluation.model_copy(update={"models": models}))
+    assert figure["student_coco_chair_response"] == 0.07
+    assert "student_chair_response" not in figure
+
+
 def test_a_run_without_such_questions_has_no_such_section(report: Report) -> None:
     models = {name: found.model_copy(update={"hallucination": {}}) for name, found in report.evaluation.models.items()}
     plain = report.model_copy(update={"evaluation": report.evaluation.model_copy(update={"models": models})})

@@ -31,11 +31,11 @@ def test_one_seed_decides_nothing() -> None:
 @pytest.mark.parametrize(
     ("comparison", "gaps", "outcome"),
     [
-        (BETTER, (0.10, 0.11, 0.12), "holds"),
-        (BETTER, (-0.10, -0.11, -0.12), "the other way"),
+        (BETTER, (0.10, 0.11, 0.12), "better"),
+        (BETTER, (-0.10, -0.11, -0.12), "worse"),
         (BETTER, (0.10, -0.11, 0.02), "not decided"),
-        (LESS, (-0.10, -0.11, -0.12), "holds"),
-        (LESS, (0.10, 0.11, 0.12), "the other way"),
+        (LESS, (-0.10, -0.11, -0.12), "better"),
+        (LESS, (0.10, 0.11, 0.12), "worse"),
     ],
 )
 def test_outcome_knows_which_way_is_better(comparison: Comparison, gaps: tuple[float, ...], outcome: str) -> None:
@@ -66,4 +66,4 @@ def test_words_of_people_survive_the_next_page() -> None:
     assert reading_of(render(found, reading_of(page))) == "It holds, because.\n\nSecond paragraph."
     assert page.count(READING_STARTS) == page.count(READING_ENDS) == 1
     assert "| `one` | 0.610 ± 0.025 | - |" in page
-    assert "+0.1100 [+0.0852, +0.1348] | **holds**" in page
+    assert "+0.1100 [+0.0852, +0.1348] | **better**" in page

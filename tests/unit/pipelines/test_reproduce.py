@@ -65,6 +65,18 @@ def test_the_plan_of_a_dry_run_names_the_seeds(capsys: pytest.CaptureFixture[str
     )
 
 
+def test_a_configuration_without_a_compared_student_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    students = load(MOD).distill.students
+    kept = [student.model_dump(mode="json") for student in students if student.name != "sft"]
+    override = f"distill.students={json.dumps(kept)}"
+    place = ["--set", f"run_dir={tmp_path / 'run'}", "--out", str(tmp_path / "out")]
+    assert main(["--config", str(MOD), "--set", override, *place]) == 2
+    assert "distill.students lacks: sft" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_seed_at_all_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--config", str(MOD), "--seeds", "0", "--out", str(tmp_path)]) == 2
     assert "at least one seed" in capsys.readouterr().err
