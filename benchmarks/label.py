@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for _ in range(arguments.rounds):
             labelled.append(labelled_rows_per_s(config))
             bare.append(bare_rows_per_s(config))
-    ratios = [rate / ((before + after) / 2) for rate, before, after in zip(labelled, bare, bare[1:], strict=True)]
+    ratios = [rate / statistics.fmean(around) for rate, around in zip(labelled, pairwise(bare), strict=True)]
     figures = {
         "label_vs_bare_forward": statistics.median(ratios),
         "label_rows_per_s": statistics.median(labelled),
