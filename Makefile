@@ -65,7 +65,7 @@ bench: $(STAMP) ## every benchmark; figures as JSON under RESULTS
 		$(BIN)/python -m benchmarks.$$name --json $(RESULTS)/$$name.json || exit 1; done
 
 reproduce-mod: $(STAMP) ## LLaVA-MoD's comparisons over three seeds, docs/results (ARGS='--seeds 3')
-	@$(BIN)/python -m pipelines.reproduce --config configs/mod.yaml $(ARGS)
+	@$(BIN)/python -m pipelines.reproduce --config configs/mod.yaml --out docs/results $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
 	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info

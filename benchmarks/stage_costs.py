@@ -2,9 +2,10 @@
 
 Each stage takes a few steps in a fresh process with the configuration's threads, as the only worker: its model is
 built as the pipelines build it, with its real language weights but otherwise untrained, its rows are drawn scenes.
-Hours are of the process's CPU time over its threads, which is what an idle machine takes; the wall time of a step
-stands beside it. Not in the figures: starting workers, checkpoints, labelling, evaluation, stages that learn from
-pairs. Run as `python -m benchmarks.stage_costs --json FILE`.
+Hours are of the process's CPU time over its threads, which is near to what an idle machine takes, and a little too low:
+what runs on one thread only counts less than it takes. The wall time of a step stands beside it. Not in the figures:
+starting workers, checkpoints, labelling, evaluation, stages that learn from pairs. Run as
+`python -m benchmarks.stage_costs --json FILE`.
 """
 
 import argparse

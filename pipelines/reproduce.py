@@ -2,20 +2,24 @@
 
 A seed is a whole run (`pipelines.run`) in a folder of its own, so a stopped reproduction continues where it was. What
 is trained is the configuration's students; what is compared is `MOD`, in their names. Run as
-`python -m pipelines.reproduce --config configs/mod.yaml --seeds 3 --out docs/results`.
+`python -m pipelines.reproduce --config configs/mod.yaml --seeds 3 --out docs/results`; fewer seeds are a trial, and
+belong into another folder.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pipelines.command import parser_of, run_with
+from pipelines.report import KIND as REPORT_KIND
 from pipelines.report import read_evaluation
 from pipelines.run import run
-from sparsight.artifacts import code_revision
+from sparsight import layout
+from sparsight.artifacts import RunDirectory
 from sparsight.config import RunConfig
 from sparsight.errors import ConfigError
-from sparsight.evaluate.machine import describe_machine
 from sparsight.evaluate.reproduction import (
     ACCURACY,
     CHAIR_OBJECT,
@@ -58,7 +62,7 @@ MOD = (
         "mimic",
         "dense_activated",
         ACCURACY,
-        "better, +3.7 %",
+        "better, +3.7 % (than dense, size not said)",
     ),
     Comparison(
         "sparse_minus_dense_total",
@@ -146,6 +150,14 @@ more than the picture; preference pairs are about further pictures, judged by wh
 learns from the teacher's signals on all training pictures and the answers of one in ten, `sft` and `mimic_few` from
 that tenth alone. Made by `make reproduce-mod`; the protocol is in docs/protocol.md."""
 
+
+class Origin(NamedTuple):
+    """The machines and the revisions of the code that a seed's figures come from."""
+
+    machines: Sequence[str]
+    revisions: Sequence[str]
+
+
 HEADLINES = {"teacher": "teacher", "before": "mimic", "after": "preference"}
 
 
@@ -157,12 +169,26 @@ def reproduce(config: RunConfig, seeds: int, out: Path) -> None:
     missing = sorted(compared - {"teacher", *(student.name for student in config.distill.students)})
     if missing:
         raise ConfigError(f"the comparisons need students that distill.students lacks: {', '.join(missing)}")
+    reading_of(page_in(out))  # a page that cannot be written again is found before hours have passed
     found: list[Metrics] = []
+    origins: list[Origin] = []
     for one in seed_configs(config, seeds):
         say(f"seed {one.seed + 1} of {seeds}: {one.run_dir}")
         run(one)
         found.append(metrics_of(read_evaluation(one)))
-    write_pages(found, out)
+        origins.append(origin_of(one))
+    write_pages(found, origins, out)
+
+
+def page_in(out: Path) -> Path:
+    return out / f"{NAME}.md"
+
+
+def origin_of(config: RunConfig) -> Origin:
+    """Where a finished run's report says that it was made."""
+    storage, _ = RunDirectory(config.run_dir).finished(layout.REPORT, REPORT_KIND)
+    report = json.loads(storage.read_bytes("report.json"))
+    return Origin([report["machine"]], [row["code_revision"] for row in report["artifacts"]])
 
 
 def seed_configs(config: RunConfig, seeds: int) -> list[RunConfig]:
@@ -171,7 +197,7 @@ def seed_configs(config: RunConfig, seeds: int) -> list[RunConfig]:
     return [config.model_copy(update={"seed": seed, "run_dir": f"{folder}/seed-{seed}"}) for seed in range(seeds)]
 
 
-def write_pages(seeds: Sequence[Metrics], out: Path) -> None:
+def write_pages(seeds: Sequence[Metrics], origins: Sequence[Origin], out: Path) -> None:
     """The page, its data and its plots; what people wrote into an earlier page stays."""
     compared = compare(MOD, seeds)
     pictures = {f"{NAME}-differences.png": ("Differences with 95 % intervals", differences(compared))}
@@ -186,16 +212,16 @@ def write_pages(seeds: Sequence[Metrics], out: Path) -> None:
         compared=compared,
         columns=COLUMNS,
         figures=headline_figures(seeds, compared),
-        machine=describe_machine(),
-        revision=code_revision(),
+        machine="; ".join(dict.fromkeys(name for it in origins for name in it.machines)),
+        revision=", ".join(dict.fromkeys(name for it in origins for name in it.revisions)),
         pictures=[(name, caption) for name, (caption, _) in pictures.items()],
     )
     out.mkdir(parents=True, exist_ok=True)
     for name, (_, data) in pictures.items():
         (out / name).write_bytes(data)
     (out / f"{NAME}.json").write_text(to_json(page))
-    target = out / f"{NAME}.md"
-    target.write_text(render(page, reading_of(target.read_text()) if target.exists() else ""))
+    target = page_in(out)
+    target.write_text(render(page, reading_of(target)))
     say(f"reproduction: {target}")
 
 
@@ -218,7 +244,7 @@ def headline_figures(seeds: Sequence[Metrics], compared: Sequence[Compared]) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("Repeat a paper's comparisons over seeds and write what came out.")
     parser.add_argument("--seeds", type=int, default=3, help="how many runs, of seeds 0, 1, … (3)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page (docs/results)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the page, its data and its plots")
     arguments = parser.parse_args(argv)
 
     def plan(config: RunConfig) -> list[str]:

@@ -6,8 +6,10 @@ again. Called by `pipelines.reproduce`.
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from sparsight.errors import DataError
 from sparsight.evaluate.reproduction import Compared, Interval, Metrics, over_seeds
 
 READING_STARTS, READING_ENDS = "<!-- reading -->", "<!-- /reading -->"
@@ -39,11 +41,15 @@ def to_json(found: Reproduction) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def reading_of(page: str) -> str:
-    """The part of an earlier page that people wrote; empty if there is none."""
-    _, start, rest = page.partition(READING_STARTS)
+def reading_of(page: Path) -> str:
+    """What people wrote into an earlier page, empty if there is none. Raises `DataError` where a mark is missing."""
+    if not page.exists():
+        return ""
+    _, start, rest = page.read_text().partition(READING_STARTS)
     text, end, _ = rest.partition(READING_ENDS)
-    return text.strip("\n") if start and end else ""
+    if not (start and end):
+        raise DataError(f"'{page}' lacks '{READING_STARTS}' or '{READING_ENDS}': restore them around what people wrote")
+    return text.strip("\n")
 
 
 def render(found: Reproduction, reading: str = "") -> str:

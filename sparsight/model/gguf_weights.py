@@ -64,9 +64,9 @@ def read_gguf(path: Path, sha256: str | None = None) -> LanguageModel:
         tokenizer = _tokenizer(values)
         weights = dict(_weights(tensors, config))
     except KeyError as error:
-        raise CheckpointError(f"'{path}' lacks {error}: it is damaged or not a whole model") from error
+        raise CheckpointError(f"'{path}' lacks {error}: it is damaged or not a whole model, get it again") from error
     except (ValueError, IndexError, OSError, NotImplementedError) as error:
-        raise CheckpointError(f"cannot read '{path}': {error}") from error
+        raise CheckpointError(f"cannot read '{path}', give text_base.weights another file: {error}") from error
     _check_whole(path, config, weights)
     return LanguageModel(config, weights, tokenizer)
 
@@ -141,7 +141,9 @@ def _check_whole(path: Path, config: LlamaConfig, weights: dict[str, torch.Tenso
         name for name, weight in stock.named_parameters() if name not in weights or weights[name].shape != weight.shape
     ]
     if wrong:
-        raise CheckpointError(f"'{path}' is damaged: {len(wrong)} weights are missing or misshapen, first '{wrong[0]}'")
+        raise CheckpointError(
+            f"'{path}' is damaged: {len(wrong)} weights are missing or misshapen, first '{wrong[0]}'; get it again"
+        )
 
 
 def _tokenizer(values: dict[str, Any]) -> Any:

@@ -145,6 +145,8 @@ def _read(weights: str) -> LanguageModel:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load a causal language model from '{path}': {error}") from error
+        raise CheckpointError(
+            f"cannot load a causal language model from '{path}', correct text_base.weights: {error}"
+        ) from error
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     return LanguageModel(model.config, parameters, tokenizer)

@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.reproduce import main, seed_configs, write_pages
-from sparsight.config import load
+from pipelines.reproduce import Origin, main, seed_configs, write_pages
+from sparsight.config import RunConfig, load
 from sparsight.evaluate.reproduction_page import READING_ENDS, READING_STARTS
+from sparsight.model.parameters import activated_parameters, group_of, total_parameters
+from sparsight.model.tiny import make_dense, make_tokenizer
+from sparsight.model.upcycle import upcycle
+from sparsight.model.vision_language import VisionLanguageModel
 
+ORIGIN = Origin(["a machine"], ["abc", "def"])
 MOD = Path(__file__).parents[3] / "configs" / "mod.yaml"
 
 
@@ -33,8 +38,10 @@ def test_every_seed_has_a_folder_of_its_own() -> None:
 
 
 def test_the_figures_are_means_over_seeds_with_intervals(tmp_path: Path) -> None:
-    write_pages([seed(0.0), seed(0.01), seed(0.02)], tmp_path)
-    figures = json.loads((tmp_path / "llava-mod.json").read_text())["figures"]
+    write_pages([seed(0.0), seed(0.01), seed(0.02)], [ORIGIN] * 3, tmp_path)
+    written = json.loads((tmp_path / "llava-mod.json").read_text())
+    assert (written["machine"], written["revision"]) == ("a machine", "abc, def")
+    figures = written["figures"]
     assert figures["seeds"] == 3
     assert figures["mimic_minus_sft"] == pytest.approx(0.21)
     half = 4.303 * 0.01 / 3**0.5
@@ -48,18 +55,18 @@ def test_the_figures_are_means_over_seeds_with_intervals(tmp_path: Path) -> None
 
 
 def test_what_people_wrote_stays_when_the_page_is_written_again(tmp_path: Path) -> None:
-    write_pages([seed(0.0), seed(0.01)], tmp_path)
+    write_pages([seed(0.0), seed(0.01)], [ORIGIN] * 2, tmp_path)
     page = tmp_path / "llava-mod.md"
     words = "Mimic is better, because it sees every picture."
     page.write_text(page.read_text().replace(f"{READING_STARTS}\n\n", f"{READING_STARTS}\n{words}\n"))
     assert words in page.read_text()
-    write_pages([seed(0.0), seed(0.05)], tmp_path)
+    write_pages([seed(0.0), seed(0.05)], [ORIGIN] * 2, tmp_path)
     assert words in page.read_text().partition(READING_STARTS)[2].partition(READING_ENDS)[0]
     assert "2 seeds" in page.read_text()
 
 
 def test_the_plan_of_a_dry_run_names_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--config", str(MOD), "--seeds", "2", "--dry-run"]) == 0
+    assert main(["--config", str(MOD), "--seeds", "2", "--out", "out", "--dry-run"]) == 0
     assert capsys.readouterr().out.endswith(
         "# run seed 0 in 'runs/reproduce-mod/seed-0'\n# run seed 1 in 'runs/reproduce-mod/seed-1'\n"
     )
@@ -80,3 +87,32 @@ def test_a_configuration_without_a_compared_student_is_refused(
 def test_no_seed_at_all_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--config", str(MOD), "--seeds", "0", "--out", str(tmp_path)]) == 2
     assert "at least one seed" in capsys.readouterr().err
+
+
+def test_a_damaged_page_is_refused_before_anything_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "llava-mod.md").write_text("# A page without marks\n")
+    assert main(["--config", str(MOD), "--set", f"run_dir={tmp_path / 'run'}", "--out", str(tmp_path)]) == 2
+    assert "llava-mod.md" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["llava-mod.md"]
+
+
+def test_the_dense_students_are_as_large_as_the_sparse_one() -> None:
+    """But for the routers, which dense students lack."""
+    config = load(MOD)
+    sparse = untrained(config, "mimic")
+    routers = sum(weight.numel() for name, weight in sparse.model.named_parameters() if group_of(name) == "routers")
+    assert activated_parameters(sparse) - routers == total_parameters(untrained(config, "dense_activated"))
+    assert total_parameters(sparse) - routers == total_parameters(untrained(config, "dense_total"))
+
+
+def untrained(config: RunConfig, name: str) -> VisionLanguageModel:
+    """An untrained student in the shape that it has at the end."""
+    student = next(it for it in config.distill.students if it.name == name)
+    architecture = config.student.architecture
+    if student.text_intermediate is not None:
+        architecture = architecture.model_copy(update={"text_intermediate": student.text_intermediate})
+    model = make_dense(architecture, make_tokenizer(["is there a red circle?"] * 20, 300), config.seed)
+    for stage in student.stages:
+        if stage.upcycle is not None:
+            model = upcycle(model, stage.upcycle, config.seed)
+    return model
