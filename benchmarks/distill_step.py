@@ -4,8 +4,8 @@ Steps: two copies of the tiny configuration's sparse student train on the same b
 alone (through the same chunked head at response positions), one on forward KL and cross-entropy; the figure is the
 median of the ratios of neighbouring steps. It is taken from the process's CPU time, which on one thread is the wall
 time of an idle machine and leaves out what other programs take; the ratio of wall times stands beside it. Memory:
-the growth of peak resident memory while loss and gradients are computed at vocabulary 151,936, each in a fresh
-process, the teacher's targets being inputs. Run as `python -m benchmarks.distill_step --json FILE`.
+the growth of peak resident memory while loss and gradients are computed at vocabulary 151,936, the teacher's targets
+being inputs: the median of fresh processes. Run as `python -m benchmarks.distill_step --json FILE`.
 """
 
 import argparse
@@ -40,6 +40,8 @@ WIDTH = 896
 HEAD, TAIL = 12, 8
 BATCH = 32
 WARM_STEPS = 10
+PROCESSES = 3
+"""In which the memory of a loss is measured."""
 ANSWERS = ("yes", "no", "circle", "triangle", "red", "teal", "two", "a red circle and a blue rectangle")
 
 
@@ -138,13 +140,16 @@ def targets_of(random: np.random.Generator, n: int, vocabulary: int) -> SparseTa
 
 
 def compare_memory(positions: int) -> dict[str, float]:
-    """Peak memory and time of both losses, each measured in a process of its own."""
-    found: dict[str, dict[str, float]] = {}
-    for kind in ("sparse", "full"):
+    """Peak memory and time of both losses: medians over processes of their own, because what the allocator and the
+    matrix products keep beside the tensors differs from one to the next."""
+    found: dict[str, list[dict[str, float]]] = {"sparse": [], "full": []}
+    for kind in [*found] * PROCESSES:
         command = [sys.executable, "-m", "benchmarks.distill_step", "--json", "-", "--measure", kind]
         done = subprocess.run([*command, "--positions", str(positions)], capture_output=True, text=True, check=True)
-        found[kind] = json.loads(done.stdout)
-    sparse, full = found["sparse"], found["full"]
+        found[kind].append(json.loads(done.stdout))
+    sparse, full = (
+        {name: statistics.median(one[name] for one in measured) for name in measured[0]} for measured in found.values()
+    )
     return {
         "sparse_vs_full_loss_memory": sparse["peak_bytes"] / full["peak_bytes"],
         "sparse_loss_peak_bytes": sparse["peak_bytes"],
