@@ -145,7 +145,7 @@ INTRODUCTION = """\
 LLaVA-MoD's comparisons at the size of one machine: every seed draws its own pictures, makes its own teacher and labels,
 and trains every student of `configs/mod.yaml` from them. Accuracy is over the closed questions of all test sets,
 CHAIR over the descriptions of held-out scenes. The column "published" says what the paper reports for its models of
-billions of parameters. Three training descriptions in five end with a shape that does not show, as people's do who know
+billions of parameters. Four training descriptions in five end with a shape that does not show, as people's do who know
 more than the picture; preference pairs are about further pictures, judged by what shows (docs/decisions/0010). `mimic`
 learns from the teacher's signals on all training pictures and the answers of one in ten, `sft` and `mimic_few` from
 that tenth alone. Made by `make reproduce-mod`; the protocol is in docs/protocol.md."""
@@ -173,7 +173,7 @@ def reproduce(config: RunConfig, seeds: int, out: Path) -> None:
     found: list[Metrics] = []
     origins: list[Origin] = []
     for one in seed_configs(config, seeds):
-        say(f"seed {one.seed + 1} of {seeds}: {one.run_dir}")
+        say(f"seed {one.seed}, {len(found) + 1} of {seeds}: {one.run_dir}")
         run(one)
         found.append(metrics_of(read_evaluation(one)))
         origins.append(origin_of(one))
@@ -192,9 +192,10 @@ def origin_of(config: RunConfig) -> Origin:
 
 
 def seed_configs(config: RunConfig, seeds: int) -> list[RunConfig]:
-    """The run of each seed, in a folder of its own."""
+    """The run of each seed from the configuration's on, in a folder of its own."""
     folder = config.run_dir.rstrip("/")
-    return [config.model_copy(update={"seed": seed, "run_dir": f"{folder}/seed-{seed}"}) for seed in range(seeds)]
+    chosen = range(config.seed, config.seed + seeds)
+    return [config.model_copy(update={"seed": seed, "run_dir": f"{folder}/seed-{seed}"}) for seed in chosen]
 
 
 def write_pages(seeds: Sequence[Metrics], origins: Sequence[Origin], out: Path) -> None:
@@ -243,7 +244,9 @@ def headline_figures(seeds: Sequence[Metrics], compared: Sequence[Compared]) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("Repeat a paper's comparisons over seeds and write what came out.")
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs, of seeds 0, 1, … (3)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="how many runs, of the configuration's seed and the next ones (3)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the page, its data and its plots")
     arguments = parser.parse_args(argv)
 

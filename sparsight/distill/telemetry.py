@@ -40,10 +40,6 @@ class LayerRouting(NamedTuple):
         return load_entropy(self.load_E)
 
     @property
-    def entropy_nats(self) -> float:
-        return self.entropy * math.log(len(self.load_E))
-
-    @property
     def dead(self) -> list[int]:
         """Experts with less than `DEAD_BELOW` of an even share."""
         return [expert for expert, share in enumerate(self.load_E) if share < DEAD_BELOW / len(self.load_E)]

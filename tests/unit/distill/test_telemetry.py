@@ -33,7 +33,6 @@ def test_a_layers_figures_by_hand() -> None:
     assert routing.load_E == pytest.approx([1 / 2, 1 / 3, 1 / 6, 0])
     assert routing.together_EE[0] == pytest.approx([1, 2 / 3, 1 / 3, 0])
     nats = math.log(2) / 2 + math.log(3) / 3 + math.log(6) / 6
-    assert routing.entropy_nats == pytest.approx(nats)
     assert routing.entropy == pytest.approx(nats / math.log(4))
     assert routing.dead == [3]
 

@@ -31,10 +31,10 @@ def seed(shift: float) -> dict[str, dict[str, float]]:
 
 
 def test_every_seed_has_a_folder_of_its_own() -> None:
-    first, second = seed_configs(load(MOD, ["run_dir=out/mod/"]), 2)
-    assert (first.seed, first.run_dir) == (0, "out/mod/seed-0")
-    assert (second.seed, second.run_dir) == (1, "out/mod/seed-1")
-    assert second == load(MOD, ["run_dir=out/mod/seed-1", "seed=1"])
+    first, second = seed_configs(load(MOD, ["run_dir=out/mod/", "seed=5"]), 2)
+    assert (first.seed, first.run_dir) == (5, "out/mod/seed-5")
+    assert (second.seed, second.run_dir) == (6, "out/mod/seed-6")
+    assert second == load(MOD, ["run_dir=out/mod/seed-6", "seed=6"])
 
 
 def test_the_figures_are_means_over_seeds_with_intervals(tmp_path: Path) -> None:
@@ -66,9 +66,9 @@ def test_what_people_wrote_stays_when_the_page_is_written_again(tmp_path: Path) 
 
 
 def test_the_plan_of_a_dry_run_names_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--config", str(MOD), "--seeds", "2", "--out", "out", "--dry-run"]) == 0
+    assert main(["--config", str(MOD), "--seeds", "2", "--out", "out", "--set", "seed=5", "--dry-run"]) == 0
     assert capsys.readouterr().out.endswith(
-        "# run seed 0 in 'runs/reproduce-mod/seed-0'\n# run seed 1 in 'runs/reproduce-mod/seed-1'\n"
+        "# run seed 5 in 'runs/reproduce-mod/seed-5'\n# run seed 6 in 'runs/reproduce-mod/seed-6'\n"
     )
 
 
