@@ -4,7 +4,7 @@
 SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: demo serve test check format docs bench reproduce-mod clean help
+.PHONY: demo serve test check format docs bench reproduce-mod reproduce-kd clean help
 
 # The first Python that is new enough; override with `make PYTHON=…`.
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
@@ -65,7 +65,10 @@ bench: $(STAMP) ## every benchmark; figures as JSON under RESULTS
 		$(BIN)/python -m benchmarks.$$name --json $(RESULTS)/$$name.json || exit 1; done
 
 reproduce-mod: $(STAMP) ## LLaVA-MoD's comparisons over three seeds, docs/results (ARGS='--seeds 3')
-	@$(BIN)/python -m pipelines.reproduce --config configs/mod.yaml --out docs/results $(ARGS)
+	@$(BIN)/python -m pipelines.reproduce --study llava-mod --config configs/mod.yaml --out docs/results $(ARGS)
+
+reproduce-kd: $(STAMP) ## LLaVA-KD's comparisons over three seeds, docs/results (ARGS='--seeds 3')
+	@$(BIN)/python -m pipelines.reproduce --study llava-kd --config configs/kd.yaml --out docs/results $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
 	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info

@@ -1,8 +1,9 @@
-"""What offline distillation costs beside plain supervised fine-tuning, and what its loss needs in memory.
+"""What distillation costs beside plain supervised fine-tuning, and what its loss needs in memory.
 
-Steps: two copies of the tiny configuration's sparse student train on the same batches in turn, one on cross-entropy
-alone (through the same chunked head at response positions), one on forward KL and cross-entropy; the figure is the
-median of the ratios of neighbouring steps. It is taken from the process's CPU time, which on one thread is the wall
+Steps: copies of the tiny configuration's sparse student train on the same batches in turn: on cross-entropy alone
+(through the same chunked head at response positions); with forward KL beside it (`distill`); with LLaVA-KD's whole loss
+from stored signals (`dft`); and with the same from the teacher in this process (`online`). A figure is the median of
+the ratios of steps of one round. It is taken from the process's CPU time, which on one thread is the wall
 time of an idle machine and leaves out what other programs take; the ratio of wall times stands beside it. Memory:
 the growth of peak resident memory while loss and gradients are computed at vocabulary 151,936, the teacher's targets
 being inputs: the median of fresh processes. Run as `python -m benchmarks.distill_step --json FILE`.
@@ -15,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,17 +25,26 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.result import write_result
-from sparsight.config import ArchitectureConfig, StageConfig, TermsConfig, UpcycleConfig
+from sparsight.config import ArchitectureConfig, LabelConfig, StageConfig, TermsConfig, UpcycleConfig
+from sparsight.data.signals import labelled_table
+from sparsight.data.visual_signals import SUFFIX, VisualStore, encode_visual, visual_rows
 from sparsight.distill.loop import StageTrainer
 from sparsight.distill.losses import ResponseTargets, SparseTargetTensors, response_loss
 from sparsight.distill.pictures import Clips
 from sparsight.distill.rows import RowMaker, TrainingRow
+from sparsight.distill.taught import LiveSide, StoredSide, TeacherSide
+from sparsight.media.images import encode_png
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.upcycle import upcycle
 from sparsight.model.vision_language import VisionLanguageModel
-from sparsight.records import Sample, SparseTargets, Turn
+from sparsight.records import Sample, TeacherSignal, Turn
+from sparsight.stages import VisualAsk
+from sparsight.storage import LocalStorage
+from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
+from sparsight.teacher.vision_language import VisionLanguageTeacher
 
 VOCABULARY = 151_936
 WIDTH = 896
@@ -78,28 +89,31 @@ class RandomFeatures:
         return Clips(self.features_PD.expand(count, -1, -1).contiguous(), [1] * count, are_features=True)
 
 
+TERMS = {
+    "sft": TermsConfig(cross_entropy=1.0, balance=0.01),
+    "distill": TermsConfig(cross_entropy=0.5, forward_kl=1.0, balance=0.01),
+    "dft": TermsConfig(cross_entropy=1.0, forward_kl=1.0, visual_kl=1.0, relation=0.5, balance=0.01),
+    "online": TermsConfig(cross_entropy=1.0, forward_kl=1.0, visual_kl=1.0, relation=0.5, balance=0.01),
+}
+
+
 def time_steps(steps: int) -> dict[str, float]:
-    """Milliseconds of both kinds of step, and the median of their ratios."""
+    """Milliseconds of every kind of step, and the medians of their ratios to a supervised one of the same round."""
     torch.set_num_threads(1)
-    sft, distill = (
-        trainer(TermsConfig(cross_entropy=1.0, balance=0.01), steps),
-        trainer(TermsConfig(cross_entropy=0.5, forward_kl=1.0, balance=0.01), steps),
-    )
-    pairs: list[tuple[Took, Took]] = []
-    for number in range(steps + WARM_STEPS):
-        if number % 2:
-            first = timed_step(sft)
-            pairs.append((first, timed_step(distill)))
-        else:
-            first = timed_step(distill)
-            pairs.append((timed_step(sft), first))
-    pairs = pairs[WARM_STEPS:]
-    return {
-        "distill_vs_sft_step": statistics.median(kd.cpu_s / plain.cpu_s for plain, kd in pairs),
-        "distill_vs_sft_step_wall": statistics.median(kd.wall_s / plain.wall_s for plain, kd in pairs),
-        "sft_step_cpu_ms": 1e3 * statistics.median(plain.cpu_s for plain, _ in pairs),
-        "distill_step_cpu_ms": 1e3 * statistics.median(kd.cpu_s for _, kd in pairs),
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        lesson = prepare(Path(folder))
+        trainers = {kind: trainer(kind, lesson, steps) for kind in TERMS}
+        rounds: list[dict[str, Took]] = []
+        for number in range(steps + WARM_STEPS):
+            order = list(trainers) if number % 2 else list(reversed(trainers))
+            rounds.append({kind: timed_step(trainers[kind]) for kind in order})
+    rounds = rounds[WARM_STEPS:]
+    figures = {f"{kind}_step_cpu_ms": 1e3 * statistics.median(took[kind].cpu_s for took in rounds) for kind in TERMS}
+    for kind in [*TERMS][1:]:
+        figures[f"{kind}_vs_sft_step"] = statistics.median(took[kind].cpu_s / took["sft"].cpu_s for took in rounds)
+        wall = statistics.median(took[kind].wall_s / took["sft"].wall_s for took in rounds)
+        figures[f"{kind}_vs_sft_step_wall"] = wall
+    return figures
 
 
 def timed_step(one: StageTrainer) -> Took:
@@ -108,35 +122,45 @@ def timed_step(one: StageTrainer) -> Took:
     return Took(time.perf_counter() - wall_s, time.process_time() - cpu_s)
 
 
-def trainer(terms: TermsConfig, steps: int) -> StageTrainer:
-    architecture = ArchitectureConfig(text_layers=2)
+class Lesson(NamedTuple):
+    """What all trainers learn from: rows with targets, and the teacher's side of their pictures, stored and live."""
+
+    student: VisionLanguageModel
+    rows: list[TrainingRow]
+    sides: dict[str, TeacherSide]
+
+
+def prepare(folder: Path) -> Lesson:
+    """Pictures of noise with eight questions each, labelled by a teacher of the tiny configuration's size."""
     tokenizer = make_tokenizer([*ANSWERS, "is there a red circle in the image?"] * 20, 512)
-    student = upcycle(make_dense(architecture, tokenizer, seed=0), UpcycleConfig(), seed=0)
-    stage = StageConfig(name="timed", terms=terms, steps=steps + WARM_STEPS, batch_samples=BATCH)
+    teacher = make_dense(ArchitectureConfig(), tokenizer, seed=1)
+    student = make_dense(ArchitectureConfig(text_layers=2), tokenizer, seed=0)
+    settings = SignalSettings(LabelConfig(head=HEAD, tail_samples=TAIL), visual=VisualAsk(targets=True, relation=True))
+    labels = VisionLanguageTeacher(teacher, TeacherIdentity("", "", "", 0), settings)
+    samples = [sample(index) for index in range(8 * BATCH)]
+    signals = [signal for signal in labels.label(samples) if isinstance(signal, TeacherSignal)]
+    assert len(signals) == len(samples)
+    (folder / f"visual-0{SUFFIX}").write_bytes(encode_visual(visual_rows(labelled_table(signals))))
+    rows = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0]).labelled(samples, signals)
+    stored = StoredSide(VisualStore(LocalStorage(folder)))
+    live = LiveSide(labels.label, {one.id: one for one in samples}, student.chat)
+    return Lesson(student, rows, {"dft": stored, "online": live})
+
+
+def sample(index: int) -> Sample:
+    noise = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    random = Random(index)
+    turns = tuple(Turn("is there a red circle in the image?", random.choice(ANSWERS)) for _ in range(8))
+    return Sample(f"row/{index}", (encode_png(Image.fromarray(noise)),), turns, "benchmark")
+
+
+def trainer(kind: str, lesson: Lesson, steps: int) -> StageTrainer:
+    stage = StageConfig(name="timed", terms=TERMS[kind], steps=steps + WARM_STEPS, batch_samples=BATCH)
+    student = upcycle(lesson.student, UpcycleConfig(), seed=0)
+    architecture = ArchitectureConfig()
     patches = (architecture.picture_pixels // architecture.patch_pixels) ** 2
-    return StageTrainer(student, stage, rows(student), RandomFeatures(patches, architecture.tower_width), seed=0)
-
-
-def rows(student: VisionLanguageModel) -> list[TrainingRow]:
-    """Eight answered questions a picture, with random targets of the default sizes."""
-    random, numbers = Random(0), np.random.default_rng(0)
-    maker = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0])
-    made: list[TrainingRow] = []
-    for index in range(8 * BATCH):
-        turns = tuple(Turn("is there a red circle in the image?", random.choice(ANSWERS)) for _ in range(8))
-        (row,) = maker.answered([Sample(f"row/{index}", (b"",), turns, "benchmark")])
-        targets = targets_of(numbers, len(row.positions_n), maker.vocabulary)
-        made.append(TrainingRow(row.id, row.content_hash, row.input_ids, row.positions_n, row.is_truth_n, targets))
-    return made
-
-
-def targets_of(random: np.random.Generator, n: int, vocabulary: int) -> SparseTargets:
-    logits_nV = torch.from_numpy(random.normal(size=(n, vocabulary)) * 4)
-    logprobs_nJ, ids_nJ = logits_nV.log_softmax(dim=-1).topk(HEAD + TAIL)
-    head_nK, tail_nS = logprobs_nJ[:, :HEAD].float().numpy(), logprobs_nJ[:, HEAD:].float().numpy()
-    ids = ids_nJ.int().numpy()
-    mass_n = (1.0 - np.exp(head_nK).sum(axis=1)).clip(min=0.0)
-    return SparseTargets(ids[:, :HEAD], head_nK, mass_n, ids[:, HEAD:], tail_nS)
+    pictures = RandomFeatures(patches, architecture.tower_width)
+    return StageTrainer(student, stage, lesson.rows, pictures, seed=0, side=lesson.sides.get(kind))
 
 
 def compare_memory(positions: int) -> dict[str, float]:

@@ -7,15 +7,15 @@ Run as `python -m pipelines.distill --config FILE`.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.command import run_command
-from pipelines.label import teacher_source
+from pipelines.label import signal_settings, teacher_source
 from pipelines.pairs import make_pairs, pairs_artifact
-from pipelines.train_worker import START, StageJob, save_model
+from pipelines.train_worker import START, LiveTeacher, StageJob, Teaching, save_model
 from pipelines.training import stage_job, train, waits_for
 from sparsight import layout
 from sparsight.artifacts import Artifact, Manifest, RunDirectory
@@ -26,14 +26,16 @@ from sparsight.data.signals import iter_signals
 from sparsight.distill.pair_rows import PairRowMaker
 from sparsight.distill.rows import Row, RowMaker, TrainingRow, share_of
 from sparsight.distill.start import first_student
-from sparsight.errors import ConfigError
+from sparsight.errors import AlignmentError, ConfigError
 from sparsight.model.text_base import text_base_digest
+from sparsight.model.tower_fingerprint import tower_fingerprint
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import say
 from sparsight.records import Sample, TeacherSignal
+from sparsight.stages import visual_ask
 from sparsight.storage import Storage
 from sparsight.teacher.load import identify
-from sparsight.teacher.protocol import directory_digest
+from sparsight.teacher.protocol import SignalSettings, directory_digest
 
 KIND = "model"
 VERSION = 1
@@ -117,10 +119,10 @@ class StageData:
 
     def rows(self, stage: StageConfig, student: VisionLanguageModel) -> list[TrainingRow]:
         """The stage's rows as this student reads them; stages that read the same share them."""
-        key = (stage.rows, stage.terms.forward_kl > 0, student.chat.tokenizer_fingerprint)
+        key = (stage.rows, stage.terms.of_teacher, student.chat.tokenizer_fingerprint)
         if key not in self._rows:
             self._rows[key] = self._make_rows(stage, student)
-        if stage.terms.forward_kl > 0:
+        if stage.terms.of_teacher:
             self._check_tail(stage)
         return self._rows[key]
 
@@ -130,17 +132,32 @@ class StageData:
             samples = [sample for sample in samples if sample.has_ground_truth]
         same = self.config.distill.same_visual_tokens
         maker = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0], same)
-        if stage.terms.forward_kl == 0:
+        if not stage.terms.of_teacher:
             return maker.answered(samples)
         maker.check_tokenizer(self.signals_artifact[1].details.get("tokenizer_fingerprint"))
         wanted = {sample.id for sample in samples}
         return maker.labelled(samples, [signal for signal in self.signals if signal.id in wanted])
 
     def _check_tail(self, stage: StageConfig) -> None:
-        if stage.tail == "sampled" and self.signals_artifact[1].details.get("tail_samples", 0) == 0:
+        uses_tail = stage.tail == "sampled" and (stage.terms.forward_kl > 0 or stage.terms.visual_kl > 0)
+        if uses_tail and stage.teacher == "stored" and self.signals_artifact[1].details.get("tail_samples", 0) == 0:
             raise ConfigError(
                 f"stage '{stage.name}' uses the sampled tail, but the signals hold none: set its tail to 'bucket', or "
                 "label.tail_samples above 0 and label again"
+            )
+
+    @cached_property
+    def teacher_tower(self) -> str:
+        known = self.signals_artifact[1].details.get("tower_fingerprint")
+        return known or tower_fingerprint(self.teacher_directory)
+
+    def check_tower(self, directory: Path) -> None:
+        """Raises `AlignmentError` unless the student has the teacher's tower: positions in pictures then agree."""
+        student = tower_fingerprint(directory)
+        if student != self.teacher_tower:
+            raise AlignmentError(
+                f"terms about pictures need one tower: the teacher's is {self.teacher_tower}, the student's {student}; "
+                "use student.tower_from_teacher: true, or leave visual_kl, relation and attention out"
             )
 
     def vocabulary(self, student: VisionLanguageModel) -> int | None:
@@ -161,7 +178,7 @@ def _lesson(
     data: StageData, run: StudentRun, stage: StageConfig, student: VisionLanguageModel, before: Artifact | None
 ) -> Lesson:
     if stage.rows != "pairs":
-        vocabulary = data.vocabulary(student) if stage.terms.forward_kl > 0 else None
+        vocabulary = data.vocabulary(student) if stage.terms.of_teacher else None
         return Lesson(data.rows(stage, student), data.samples_artifact[0], vocabulary)
     assert before is not None, "the configuration asks for a stage before pairs"
     pairs, manifest = make_pairs(data.config, run, before)
@@ -174,6 +191,13 @@ def _lesson(
     return Lesson(maker.rows(read_pairs(pairs)), samples, known if known < student.head_VD.shape[0] else None)
 
 
+def _live_settings(config: RunConfig, stage: StageConfig) -> SignalSettings:
+    """What the stage's own teacher says: of pictures as its terms ask, of positions as many tokens as it wants."""
+    settings, chosen = signal_settings(config), {"head": stage.live_head, "tail_samples": stage.live_tail_samples}
+    label = settings.label.model_copy(update={name: value for name, value in chosen.items() if value is not None})
+    return replace(settings, label=label, visual=visual_ask([stage]))
+
+
 def stage_artifact(data: StageData, student: StudentRun, stage: StageConfig, before: Artifact | None) -> Artifact:
     """The stage's artefact: its fingerprint covers the stage, what it starts from and what it reads."""
     config = data.config
@@ -184,7 +208,7 @@ def stage_artifact(data: StageData, student: StudentRun, stage: StageConfig, bef
         "same_visual_tokens": config.distill.same_visual_tokens,
     }
     inputs = {"samples": data.samples_artifact[1].fingerprint}
-    if stage.terms.forward_kl > 0:
+    if stage.terms.of_teacher:
         inputs["signals"] = data.signals_artifact[1].fingerprint
     if stage.rows == "pairs" and before is not None:
         inputs["pairs"] = pairs_artifact(config, student, before).fingerprint
@@ -214,11 +238,25 @@ def _jobs(data: StageData, stages: Mapping[str, OpenStage]) -> list[StageJob]:
         start = before.storage.child(layout.MODEL) if before is not None else _first_start(data, student, artifact)
         known = directories.get(before.storage.uri) if before is not None else None
         directory = directories[place] = known or start.fetch()
+        if stage.terms.visual:
+            data.check_tower(directory)
         rows, samples, vocabulary = _lesson(data, student, stage, VisionLanguageModel.load(directory), before)
         rows = share_of(rows, stage.share, data.config.seed)
         has_features = samples.uri == data.samples_artifact[0].uri
-        jobs.append(stage_job(data.config, stage, artifact, rows, start, samples, directory, vocabulary, has_features))
+        job = stage_job(data.config, stage, artifact, rows, start, samples, directory, vocabulary, has_features)
+        jobs.append(replace(job, teaching=_teaching(data, stage)))
     return jobs
+
+
+def _teaching(data: StageData, stage: StageConfig) -> Teaching:
+    """Where the stage's workers find the teacher's side, beyond what their rows hold."""
+    if not stage.terms.of_teacher:
+        return Teaching()
+    if stage.teacher == "live":
+        settings = _live_settings(data.config, stage)
+        source = teacher_source(data.config, data.run)
+        return Teaching(teacher=LiveTeacher(source, identify(source), settings))
+    return Teaching(store=data.signals_artifact[0].uri if stage.terms.visual else None)
 
 
 def _new_student(config: RunConfig, student: StudentRun) -> StudentConfig:

@@ -5,11 +5,14 @@ comes last, after every input row is accounted for. What a teacher computes is i
 `python -m pipelines.label --config FILE`.
 """
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import AutoConfig
 
 from actors.teacher_worker import TeacherWorker
 from pipelines.command import run_command
@@ -20,7 +23,9 @@ from sparsight.artifacts import Artifact, RunDirectory
 from sparsight.config import HuggingFaceTeacherConfig, RunConfig
 from sparsight.data.samples import sample_files
 from sparsight.data.signals import encode_signals, quarantine_rows, signal_rows
+from sparsight.data.visual_signals import SUFFIX, encode_visual, visual_bytes, visual_rows
 from sparsight.errors import DataError
+from sparsight.model.tower_fingerprint import tower_fingerprint
 from sparsight.observe import say
 from sparsight.records import SIGNALS_VERSION
 from sparsight.storage import Storage
@@ -28,6 +33,8 @@ from sparsight.teacher.load import TeacherSource, identify
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 
 KIND = "signals"
+EXAMPLE_TOKENS = 729
+"""Of a picture, where only the model's own processor could tell: those of a SigLIP tower at 384 pixels."""
 
 
 def _tokens(table: pa.Table) -> Tally:
@@ -35,7 +42,14 @@ def _tokens(table: pa.Table) -> Tally:
     return {"response_tokens": int(lengths.sum())}
 
 
+def _visual_tokens(table: pa.Table) -> Tally:
+    return {"visual_tokens": int(table["visual_tokens"].to_numpy().sum())}
+
+
 SIGNALS = RowKind("part-", signal_rows, encode_signals, ("answer_lengths",), _tokens)
+VISUAL = RowKind(
+    "visual-", visual_rows, encode_visual, ("visual_tokens",), _visual_tokens, suffix=SUFFIX, half_of=SIGNALS.prefix
+)
 REFUSED = RowKind("quarantine-", quarantine_rows)
 
 
@@ -56,7 +70,8 @@ def label(config: RunConfig) -> None:
         say("label: nothing to do, the signals are there")
         return
     artifact.begin()
-    store = RowStore(artifact.storage, [SIGNALS, REFUSED], "label")
+    kinds = [VISUAL, SIGNALS, REFUSED] if any(settings.visual) else [SIGNALS, REFUSED]
+    store = RowStore(artifact.storage, kinds, "label")
     store.find()
     wanted = _wanted(samples)
     job = RowJob(
@@ -74,7 +89,8 @@ def label(config: RunConfig) -> None:
         rows_per_file=config.label.rows_per_file,
     )
     done = run_job(job, config.resources, store, wanted)
-    _finish(artifact, store, wanted, identity, settings, done)
+    details = {} if not any(settings.visual) else {"tower_fingerprint": tower_fingerprint(source.directory())}
+    _finish(artifact, store, wanted, identity, settings, done, details)
 
 
 def teacher_source(config: RunConfig, run: RunDirectory) -> TeacherSource:
@@ -86,7 +102,8 @@ def teacher_source(config: RunConfig, run: RunDirectory) -> TeacherSource:
 
 
 def signal_settings(config: RunConfig) -> SignalSettings:
-    return SignalSettings(config.label, config.seed, config.data.max_picture_bytes, config.data.max_picture_pixels)
+    limits = (config.data.max_picture_bytes, config.data.max_picture_pixels)
+    return SignalSettings(config.label, config.seed, *limits, config.visual_ask)
 
 
 def _wanted(samples: Storage) -> dict[str, bool]:
@@ -110,6 +127,7 @@ def _finish(
     identity: TeacherIdentity,
     settings: SignalSettings,
     done: Pass,
+    visual_details: Mapping[str, str],
 ) -> None:
     """Check that every row is accounted for, then write the manifest."""
     store.drop_strays()
@@ -128,6 +146,9 @@ def _finish(
         "signal_bytes_per_token": store.size_bytes(SIGNALS) / max(1, tokens),
         "rows_per_s": done.rows_per_s,
     }
+    if VISUAL in store.kinds:
+        counts["visual_tokens"] = store.tally(VISUAL)["visual_tokens"]
+        figures["visual_bytes_per_sample"] = store.size_bytes(VISUAL) / max(1, store.rows(VISUAL))
     details = {
         "teacher_fingerprint": identity.model,
         "prompt_fingerprint": identity.prompt,
@@ -135,20 +156,43 @@ def _finish(
         "vocabulary": identity.vocabulary,
         "head": settings.label.head,
         "tail_samples": settings.label.tail_samples,
+        "visual": [name for name, wanted in settings.visual._asdict().items() if wanted],
+        **visual_details,
     }
     artifact.commit(counts, figures, details)
     say(
         f"label: {counts['labelled']} labelled, {counts['quarantined']} quarantined, {counts['skipped']} skipped; "
         f"{figures['signal_bytes_per_token']:.1f} bytes a token, {figures['rows_per_s']:.1f} rows/s"
     )
+    if VISUAL in store.kinds:
+        say(f"label: {figures['visual_bytes_per_sample']:,.0f} bytes a picture for what is said of it")
 
 
 def _plan_lines(config: RunConfig) -> list[str]:
     workers = config.resources.label_workers
-    return [
+    lines = [
         f"label '{layout.STUDENT_SAMPLES}' with the {config.teacher.kind} teacher on {workers} workers "
         f"into '{layout.SIGNALS}'"
     ]
+    settings = signal_settings(config)
+    if any(settings.visual):
+        asked = ", ".join(name for name, wanted in settings.visual._asdict().items() if wanted)
+        lines.append(f"with the {asked} of pictures: {_expected_bytes(config, settings)}")
+    return lines
+
+
+def _expected_bytes(config: RunConfig, settings: SignalSettings) -> str:
+    """What one picture's signals will take in the store, from sizes alone."""
+    if isinstance(config.teacher, HuggingFaceTeacherConfig):
+        text: Any = AutoConfig.from_pretrained(TeacherSource.hugging_face(config.teacher).directory()).get_text_config()
+        width, layers, tokens = text.hidden_size, text.num_hidden_layers, EXAMPLE_TOKENS
+        assumed = ", if it takes that many tokens"
+    else:
+        sizes = config.teacher.architecture
+        width, layers, assumed = sizes.text_width, sizes.text_layers, ""
+        tokens = math.ceil(sizes.picture_pixels // sizes.patch_pixels / 2) ** 2 + 1
+    size = visual_bytes(settings.visual, tokens, settings.kept, width, layers)
+    return f"{size:,} bytes for a picture of {tokens} tokens{assumed}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,7 +63,10 @@ class Imported(NamedTuple):
 
 
 class Deal(NamedTuple):
-    """Which pictures go where, as content hashes; pictures in none of the first two are for training."""
+    """Which pictures go where, as content hashes; pictures in none of the first two are for training.
+
+    Text alone is dealt out like a picture, by its own hash.
+    """
 
     test: dict[str, frozenset[str]]  # by artefact
     validation: frozenset[str]
@@ -248,7 +251,8 @@ def _write(name: str, artifact: Artifact, config: RunConfig, scratch: Storage, i
             counts["samples"] += 1
             counts["questions"] += len(sample.turns)
             counts["answered_questions"] += sum(turn.answer is not None for turn in sample.turns)
-            pictures.add(sample.content_hash)
+            if sample.frames:
+                pictures.add(sample.content_hash)
             yield sample
 
     artifact.begin()

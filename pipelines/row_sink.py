@@ -38,7 +38,8 @@ def encode_table(table: pa.Table) -> bytes:
 
 @dataclass(frozen=True)
 class RowKind:
-    """One kind of row: how its files' names begin, which rows of a worker's table it is, and how a file is encoded.
+    """One kind of row: how its files' names begin and end, which rows of a worker's table it is, and how a file is
+    encoded.
 
     `tally` counts what is in a file from its `columns`. All functions are those of modules: they travel to the tasks.
     """
@@ -48,6 +49,14 @@ class RowKind:
     encode: Callable[[pa.Table], bytes] = encode_table
     columns: tuple[str, ...] = ()
     tally: Callable[[pa.Table], Tally] = nothing
+    suffix: str = ".parquet"
+    """`.arrow` for Arrow files."""
+    half_of: str | None = None
+    """For a kind whose files hold more about the same rows: the prefix of the files that they belong to, one each. Its
+    rows are not counted again, and neither half stays without the other."""
+
+    def name_of(self, rows: pa.Table) -> str:
+        return f"{self.prefix}{rows_name(rows)}{self.suffix}"
 
 
 def write_rows(results: pa.Table, uri: str, kinds: Sequence[RowKind]) -> pa.Table:
@@ -57,7 +66,7 @@ def write_rows(results: pa.Table, uri: str, kinds: Sequence[RowKind]) -> pa.Tabl
     for kind in kinds:
         rows = kind.select(results)
         if rows.num_rows:
-            files.append(f"{kind.prefix}{rows_name(rows)}.parquet")
+            files.append(kind.name_of(rows))
             storage.write_bytes(files[-1], kind.encode(rows))
     return pa.table({"files": pa.array([files], pa.list_(pa.string())), "rows": [results.num_rows]})
 
@@ -89,6 +98,9 @@ class RowStore:
             except (pa.ArrowException, OSError) as error:
                 say(f"{self.stage}: '{key}' of an earlier attempt is damaged ({error}); its rows are made again")
                 self.storage.delete(key)
+        for key in [key for key in self.parts if not self._is_whole(key)]:
+            self.storage.delete(key)
+            del self.parts[key]
 
     def add(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -96,7 +108,7 @@ class RowStore:
 
     @property
     def ids(self) -> list[str]:
-        return [row for part in self.parts.values() for row in part.ids]
+        return [row for part in self.parts.values() if part.kind.half_of is None for row in part.ids]
 
     def drop_strays(self) -> None:
         """Remove files that nobody reported: a writer that outlived its killed driver may leave one behind."""
@@ -108,7 +120,9 @@ class RowStore:
         """Raises `ArtifactError` unless each expected row is there exactly once and no other row is."""
         ids, wanted = self.ids, set(expected)
         missing, foreign = wanted.difference(ids), set(ids).difference(wanted)
+        halves = [key for key in self.parts if not self._is_whole(key)]
         faults = {
+            f"in files of which a half is missing (such as '{next(iter(halves), '')}')": len(halves),
             "there twice": len(ids) - len(set(ids)),
             f"missing (such as '{next(iter(missing), '')}')": len(missing),
             f"not asked for (such as '{next(iter(foreign), '')}')": len(foreign),
@@ -146,6 +160,13 @@ class RowStore:
     def _parts_of(self, kind: RowKind) -> list[Part]:
         return [part for part in self.parts.values() if part.kind == kind]
 
+    def _is_whole(self, key: str) -> bool:
+        """Whether the other half of a file is there, if the same rows must be in a file of another kind."""
+        kind = self.parts[key].kind
+        others = [other for other in self.kinds if kind.prefix == other.half_of or kind.half_of == other.prefix]
+        name = key.removeprefix(kind.prefix).removesuffix(kind.suffix)
+        return all(f"{other.prefix}{name}{other.suffix}" in self.parts for other in others)
+
     def _files(self) -> list[str]:
         prefixes = tuple(kind.prefix for kind in self.kinds)
         return [key for key in self.storage.keys("") if key.startswith(prefixes)]
@@ -155,5 +176,15 @@ class RowStore:
         kind = next(kind for kind in self.kinds if key.startswith(kind.prefix))
         filesystem, path = self.storage.arrow(key)
         size_bytes = int(filesystem.get_file_info(path).size)
-        table = pq.read_table(path, filesystem=filesystem, columns=["id", *kind.columns])
+        if kind.suffix == ".arrow":
+            with filesystem.open_input_file(path) as file:
+                table = _arrow_columns(file, ["id", *kind.columns])
+        else:
+            table = pq.read_table(path, filesystem=filesystem, columns=["id", *kind.columns])
         return Part(kind, tuple(table["id"].to_pylist()), kind.tally(table), size_bytes)
+
+
+def _arrow_columns(file: pa.NativeFile, columns: Sequence[str]) -> pa.Table:
+    names = pa.ipc.open_file(file).schema.names
+    options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
+    return pa.ipc.open_file(file, options=options).read_all()

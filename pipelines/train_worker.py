@@ -8,9 +8,9 @@ is `sparsight.distill.loop`; the driver's side is `pipelines.training`.
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.train
@@ -21,19 +21,44 @@ from sparsight import layout
 from sparsight.artifacts import Artifact
 from sparsight.config import StageConfig
 from sparsight.data.samples import iter_samples
+from sparsight.data.visual_signals import VisualStore
 from sparsight.distill.loop import StageTrainer
 from sparsight.distill.pictures import FeaturePictures, Pictures, PixelPictures
 from sparsight.distill.rows import Row
+from sparsight.distill.taught import LiveSide, StoredSide, TeacherSide
+from sparsight.media.chat import ChatEncoder
 from sparsight.media.images import DecodeLimits
 from sparsight.model.parameters import activated_parameters, total_parameters
 from sparsight.model.upcycle import upcycle
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import MetricsWriter
 from sparsight.storage import LocalStorage, Storage, open_storage
+from sparsight.teacher.load import TeacherSource, load_teacher
+from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 
 START = "start"
 METRICS = "metrics.jsonl"
 STATE = "state.pt"
+
+
+class LiveTeacher(NamedTuple):
+    """A teacher to be loaded beside the student."""
+
+    source: TeacherSource
+    identity: TeacherIdentity
+    settings: SignalSettings
+
+    def side(self, rows: Sequence[Row], samples: Storage, chat: ChatEncoder, device: str) -> TeacherSide:
+        wanted = {row.id for row in rows}
+        asked = {sample.id: sample for sample in iter_samples(samples) if sample.id in wanted}
+        return LiveSide(load_teacher(*self, device).label, asked, chat)
+
+
+class Teaching(NamedTuple):
+    """Where the teacher's side of a stage is, beyond what its rows hold: a store of visual signals, or the teacher."""
+
+    store: str | None = None
+    teacher: LiveTeacher | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +80,7 @@ class StageJob:
     limits: DecodeLimits
     threads: int
     gpu: bool
+    teaching: Teaching = field(default_factory=Teaching)
 
     @property
     def identity(self) -> str:
@@ -66,14 +92,21 @@ class StageJob:
         if self.stage.upcycle is not None:
             student = upcycle(student, self.stage.upcycle, self.seed)
         pictures = self._pictures(student)
-        student.model.to(get_device() if self.gpu else "cpu")
-        return StageTrainer(student, self.stage, self.rows, pictures, self.seed, self.vocabulary)
+        device = str(get_device()) if self.gpu else "cpu"
+        student.model.to(device)
+        side = self._side(student.chat, device)
+        return StageTrainer(student, self.stage, self.rows, pictures, self.seed, self.vocabulary, side)
 
     def _pictures(self, student: VisionLanguageModel) -> Pictures:
         if self.features is not None:
             return FeaturePictures(open_storage(self.features))
         samples = iter_samples(open_storage(self.samples))
         return PixelPictures(samples, student.pixels, *self.limits)
+
+    def _side(self, chat: ChatEncoder, device: str) -> TeacherSide:
+        if self.teaching.teacher is not None:
+            return self.teaching.teacher.side(self.rows, open_storage(self.samples), chat, device)
+        return StoredSide(None if self.teaching.store is None else VisualStore(open_storage(self.teaching.store)))
 
 
 def train_stages(jobs: Sequence[StageJob]) -> None:

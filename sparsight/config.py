@@ -22,7 +22,7 @@ from sparsight.sources import HuggingFaceSource as HuggingFaceSource
 from sparsight.sources import LlavaSource as LlavaSource
 from sparsight.sources import ScenesSource as ScenesSource
 from sparsight.sources import TrainingSource as TrainingSource
-from sparsight.stages import StageConfig, StudentRun
+from sparsight.stages import StageConfig, StudentRun, VisualAsk, visual_ask
 from sparsight.stages import TermsConfig as TermsConfig
 from sparsight.stages import TrainableGroup as TrainableGroup
 from sparsight.stages import UpcycleConfig as UpcycleConfig
@@ -328,6 +328,12 @@ class RunConfig(Slice):
     distill: DistillConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
+
+    @property
+    def visual_ask(self) -> VisualAsk:
+        """What labelling must store about pictures: all that the stages of all students read from the store."""
+        stages = [stage for student in self.distill.students for stage in student.stages]
+        return visual_ask(stage for stage in stages if stage.teacher == "stored")
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -21,9 +21,9 @@ MODEL = "model"
 """The model directory inside an artefact that holds one."""
 
 
-def features_of(tower_digest: str) -> str:
+def features_of(tower_fingerprint: str) -> str:
     """The feature table of a tower."""
-    return f"{FEATURES}/{tower_digest[:16]}"
+    return f"{FEATURES}/{tower_fingerprint[:16]}"
 
 
 def held_out_samples(name: str) -> str:

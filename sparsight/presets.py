@@ -13,6 +13,29 @@ _EITHER = ("epochs", "steps")
 
 _SPARSE_GROUPS = ["projector", "experts", "routers"]
 
+_LLAVA_KD_TERMS = {"cross_entropy": 1.0, "forward_kl": 1.0, "visual_kl": 1.0, "relation": 0.5}
+"""LLaVA-KD's whole loss, with its paper's weights."""
+
+_PREFERENCE = {
+    "name": "preference",
+    "rows": "pairs",
+    "trainable": _SPARSE_GROUPS,
+    "terms": {"preference": 1.0, "balance": 0.01},
+    "preference": {"loss": "kto_pair", "beta": 0.1, "reference": "teacher"},
+    "epochs": 1.0,
+    "batch_samples": 256,
+    "learning_rate": 2e-6,
+}
+
+_DPT = {
+    "name": "dpt",
+    "trainable": ["projector"],
+    "terms": _LLAVA_KD_TERMS,
+    "epochs": 1.0,
+    "batch_samples": 256,
+    "learning_rate": 1e-3,
+}
+
 PRESETS: dict[str, list[dict[str, Any]]] = {
     # LLaVA-MoD (arXiv 2408.15881): batches and schedule of its paper, trainable sets and losses of its code.
     "llava_mod": [
@@ -41,17 +64,50 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
             "batch_samples": 256,
             "learning_rate": 2e-5,
         },
+        _PREFERENCE,
+    ],
+    # LLaVA-KD (arXiv 2410.16236): batches, schedule and weights of its paper.
+    "llava_kd": [
+        _DPT,
         {
-            "name": "preference",
-            "rows": "pairs",
-            "trainable": _SPARSE_GROUPS,
-            "terms": {"preference": 1.0, "balance": 0.01},
-            "preference": {"loss": "kto_pair", "beta": 0.1, "reference": "teacher"},
+            "name": "sft",
+            "trainable": ["projector", "text"],
+            "terms": {"cross_entropy": 1.0},
+            "epochs": 1.0,
+            "batch_samples": 128,
+            "learning_rate": 2e-5,
+        },
+        {
+            "name": "dft",
+            "trainable": ["projector", "text"],
+            "terms": _LLAVA_KD_TERMS,
+            "epochs": 1.0,
+            "batch_samples": 128,
+            "learning_rate": 2e-5,
+        },
+    ],
+    # Both: LLaVA-MoD's stages and sparse student, LLaVA-KD's terms wherever the teacher's signals are read.
+    "sparsight": [
+        _DPT,
+        {
+            "name": "d2d",
+            "trainable": ["projector", "text"],
+            "terms": {"forward_kl": 1.0, "visual_kl": 1.0, "relation": 0.5},
             "epochs": 1.0,
             "batch_samples": 256,
-            "learning_rate": 2e-6,
+            "learning_rate": 2e-5,
         },
-    ]
+        {
+            "name": "d2s",
+            "upcycle": {"experts": 4, "active_experts": 2, "layers": "every_second"},
+            "trainable": _SPARSE_GROUPS,
+            "terms": {**_LLAVA_KD_TERMS, "balance": 0.01},
+            "epochs": 1.0,
+            "batch_samples": 256,
+            "learning_rate": 2e-5,
+        },
+        _PREFERENCE,
+    ],
 }
 
 

@@ -2,7 +2,8 @@
 
 A `Sample` is written by data preparation and read by labelling, training and evaluation. A `TeacherSignal` is
 written by labelling and read by distillation, a `PreferencePair` is written by pair making and read by preference
-distillation. None knows how it is computed; torch is not imported here.
+distillation; a `VisualSignal` is what a teacher says about the picture itself (module `data.visual_signals` stores it).
+None knows how it is computed; torch is not imported here.
 """
 
 import hashlib
@@ -33,12 +34,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture (or the frames of a clip, in time order) and a conversation about it.
+    """One picture (or the frames of a clip, in time order) and a conversation about it, or a conversation alone.
 
-    `frames` holds encoded pictures (PNG, JPEG, WebP); a picture is a clip of one frame. `frame_times_s` is as long
-    as `frames`. `content_hash` is `hash_frames(frames)`, so equal pictures can be recognised without decoding.
-    `independent` questions do not build on each other: every one is answered from the picture alone, and a model that
-    answers one must not see the others (they would give answers away).
+    `frames` holds encoded pictures (PNG, JPEG, WebP); a picture is a clip of one frame, text alone has none.
+    `frame_times_s` is as long as `frames`. `content_hash` recognises equal pictures without decoding. `independent`
+    questions do not build on each other: every one is answered from the picture alone (there is one), and a model
+    that answers one must not see the others (they would give answers away).
     """
 
     id: str
@@ -50,7 +51,8 @@ class Sample:
 
     @property
     def content_hash(self) -> str:
-        return hash_frames(self.frames)
+        """Of the frames; of text alone, of its first question, which stays when answers or later turns are taken."""
+        return hash_frames(self.frames or [turn.question.encode() for turn in self.turns[:1]])
 
     @property
     def has_ground_truth(self) -> bool:
@@ -66,7 +68,7 @@ class Sample:
             "frames": list(self.frames),
             "frame_times_s": list(self.frame_times_s),
             "content_hash": self.content_hash,
-            "conversation": conversation_of(self.turns),
+            "conversation": conversation_of(self.turns, bool(self.frames)),
             "answer_types": [turn.answer_type for turn in self.turns],
             "source": self.source,
             "independent": self.independent,
@@ -90,11 +92,11 @@ class Sample:
         )
 
 
-def conversation_of(turns: Sequence[Turn]) -> list[dict[str, str | None]]:
-    """LLaVA form: alternating human and gpt messages, the picture mark in the first human one."""
+def conversation_of(turns: Sequence[Turn], shows_picture: bool) -> list[dict[str, str | None]]:
+    """LLaVA form: alternating human and gpt messages, the picture mark, if any, in the first human one."""
     messages: list[dict[str, str | None]] = []
     for index, turn in enumerate(turns):
-        mark = f"{PICTURE_MARK}\n" if index == 0 else ""
+        mark = f"{PICTURE_MARK}\n" if shows_picture and index == 0 else ""
         messages.append({"from": "human", "value": mark + turn.question})
         messages.append({"from": "gpt", "value": turn.answer})
     return messages
@@ -143,6 +145,40 @@ class SparseTargets:
 
 
 @dataclass(frozen=True)
+class Relation:
+    """How the head's logits Z [N, V] at N positions relate to each other: R = Z Zᵀ (LLaVA-KD, arXiv 2410.16236), up to
+    a positive factor.
+
+    Held as `matrix_NN` or as `factors_NJ` with R = F Fᵀ, whichever has fewer numbers.
+    """
+
+    matrix_NN: npt.NDArray[np.float32] | None = None
+    factors_NJ: npt.NDArray[np.float32] | None = None
+
+    def to_matrix(self) -> npt.NDArray[np.float32]:
+        """R, [N, N]."""
+        if self.matrix_NN is not None:
+            return self.matrix_NN
+        assert self.factors_NJ is not None
+        return self.factors_NJ @ self.factors_NJ.T
+
+
+@dataclass(frozen=True)
+class VisualSignal:
+    """What the teacher said at the N positions that a sample's picture takes (none, for a sample without one).
+
+    `targets` are its next-token distributions there, `relation` is how they relate to each other. `attention_LN` says
+    how much the sample's text attends to each position in each of the teacher's layers, a mean over heads and over its
+    `text_positions`. What no stage asked for is None.
+    """
+
+    targets: SparseTargets | None = None
+    relation: Relation | None = None
+    attention_LN: npt.NDArray[np.float32] | None = None
+    text_positions: int = 0
+
+
+@dataclass(frozen=True)
 class TeacherSignal:
     """What the teacher said about one sample's answers, with the proof that a student can check.
 
@@ -160,6 +196,8 @@ class TeacherSignal:
     targets: SparseTargets
     visual_tokens: int
     response_hash: bytes = field(default=b"")
+    visual: VisualSignal | None = None
+    """Stored beside the row, in files of its own."""
 
     def to_row(self) -> dict[str, Any]:
         targets = self.targets

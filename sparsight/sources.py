@@ -48,7 +48,7 @@ class ScenesSource(Slice):
 
 
 class LlavaSource(Slice):
-    """Records in LLaVA form, beside a folder of pictures."""
+    """Records in LLaVA form, beside a folder of pictures; a record without an `image` is text alone."""
 
     kind: Literal["llava"]
     path: str
@@ -66,7 +66,7 @@ class HuggingFaceSource(Slice):
     path: str
     """A folder written by `save_to_disk`, or Parquet files of a dataset."""
     picture_column: str = "image"
-    """The column of pictures."""
+    """The column of pictures; a row that has none in it is text alone."""
     question_column: str = "question"
     """The column of questions: a text or a list of texts."""
     answer_column: str = "answer"
@@ -116,7 +116,7 @@ class HallucinationConfig(Slice):
 
 
 class DataConfig(Slice):
-    """Where pictures and questions come from, and how they are dealt out."""
+    """Where pictures and questions come from, and how they are dealt out; text without a picture counts as one."""
 
     sources: list[DataSource] = Field(min_length=1)
     """What is read, one after another."""

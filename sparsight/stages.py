@@ -1,11 +1,11 @@
 """What one training stage consists of: what it reads, what may change, what it minimises, and for how long.
 
-Settings only, and which of them contradict each other. A student is a list of stages, which it may take from
-`presets`; `config` lists the students of a run.
+Settings only, which of them contradict each other, and what they ask of the teacher. A student is a list of stages,
+which it may take from `presets`; `config` lists the students of a run.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -46,11 +46,27 @@ class TermsConfig(Slice):
     """Router load balance, averaged over the sparse layers; padding is not counted."""
     preference: float = Field(default=0.0, ge=0.0, exclude_if=_unless(0.0))
     """Of `rows: pairs`, by the stage's `preference` settings; `cross_entropy` then is on the chosen answers."""
+    visual_kl: float = Field(default=0.0, ge=0.0, exclude_if=_unless(0.0))
+    """To the teacher's sparse targets at the picture's positions (LLaVA-KD's MDist), a mean over each sample's."""
+    relation: float = Field(default=0.0, ge=0.0, exclude_if=_unless(0.0))
+    """One minus the cosine of teacher's and student's relations between the picture's positions (RDist)."""
+    attention: float = Field(default=0.0, ge=0.0, exclude_if=_unless(0.0))
+    """One minus the cosine of how text attends to the picture's positions in the middle layers (CompoDistill)."""
+
+    @property
+    def of_teacher(self) -> bool:
+        """Whether a term compares with the teacher at a sample's positions."""
+        return self.forward_kl > 0.0 or self.visual
+
+    @property
+    def visual(self) -> bool:
+        """Whether a term compares with the teacher at the picture's positions."""
+        return self.visual_kl > 0.0 or self.relation > 0.0 or self.attention > 0.0
 
     @model_validator(mode="after")
     def _check(self) -> "TermsConfig":
-        if self.cross_entropy == 0.0 and self.forward_kl == 0.0 and self.preference == 0.0:
-            raise ValueError("a stage needs a cross_entropy, a forward_kl or a preference weight above 0")
+        if self.cross_entropy == 0.0 and self.preference == 0.0 and not self.of_teacher:
+            raise ValueError("a stage needs a term to learn from: give cross_entropy, forward_kl or another a weight")
         return self
 
 
@@ -95,6 +111,15 @@ class StageConfig(Slice):
     """Groups of weights that change. `experts` are the feed-forward networks of all text layers, dense ones included;
     `attention` holds the norms, `embeddings` the head; `text` is the whole text model, routers included."""
     terms: TermsConfig
+    teacher: Literal["stored", "live"] = Field(default="stored", exclude_if=_unless("stored"))
+    """Where the teacher's side of a term comes from: the signals that labelling stored, or the frozen teacher itself,
+    beside the student in every training worker; its answers are the stored ones in both."""
+    live_head: int | None = Field(default=None, ge=1, exclude_if=_unless(None))
+    """Exact tokens a position of a live teacher, where not `label.head`; as many as the vocabulary are whole logits."""
+    live_tail_samples: int | None = Field(default=None, ge=0, exclude_if=_unless(None))
+    """Draws from the remaining mass of a live teacher, where not `label.tail_samples`."""
+    relation_centred: bool = Field(default=False, exclude_if=_unless(False))
+    """Take relations after the mean over the picture's positions is subtracted from the logits."""
     tail: Literal["sampled", "bucket"] = "sampled"
     """How the mass outside the exact head is used: unbiased sampled tail, or one bucket (biased, no variance)."""
     epochs: float | None = Field(default=None, gt=0.0)
@@ -120,7 +145,7 @@ class StageConfig(Slice):
     def _check(self) -> "StageConfig":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"stage '{self.name}': give exactly one of epochs and steps")
-        fault = self._preference_fault()
+        fault = self._preference_fault() or self._teacher_fault()
         if fault is not None:
             raise ValueError(f"stage '{self.name}': {fault}")
         return self
@@ -132,8 +157,17 @@ class StageConfig(Slice):
             return None if self.preference is None else "preference settings are for rows: pairs"
         if self.preference is None:
             return "rows: pairs need the settings of the preference loss: give preference: {loss: kto_pair}"
-        if self.terms.forward_kl > 0.0:
-            return "pairs hold no teacher targets for terms.forward_kl: the teacher enters as preference.reference"
+        if self.terms.of_teacher:
+            return "pairs hold no teacher targets for forward_kl and visual terms: set preference.reference instead"
+        return None
+
+    def _teacher_fault(self) -> str | None:
+        if self.relation_centred and self.terms.relation == 0.0:
+            return "relation_centred is a setting of terms.relation: give that a weight, or leave it out"
+        if self.teacher == "stored" and (self.live_head is not None or self.live_tail_samples is not None):
+            return "live_head and live_tail_samples are settings of teacher: live; what is stored says label"
+        if self.teacher == "live" and not self.terms.of_teacher:
+            return "teacher: live is for terms that compare with the teacher: give one a weight, or leave it out"
         return None
 
 
@@ -146,9 +180,11 @@ class StudentRun(Slice):
     """Begin where a stage of a student listed before ended, as `student/stage`; None begins with a new student."""
     text_intermediate: int | None = Field(default=None, ge=1, exclude_if=_unless(None))
     """Width of a new student's feed-forward networks, where it differs from `student.architecture`'s."""
-    preset: Literal["llava_mod"] | None = Field(default=None, exclude_if=_unless(None))
-    """Take the stages of a published method: `llava_mod` has `adaptor`, `d2d` (KL on a dense student), `d2s` (KL and
-    cross-entropy on a sparse one) and `preference`, with its paper's batches and learning rates, one epoch each."""
+    preset: Literal["llava_mod", "llava_kd", "sparsight"] | None = Field(default=None, exclude_if=_unless(None))
+    """Take the stages of a published method, with its paper's batches and learning rates, one epoch each. `llava_mod`
+    has `adaptor`, `d2d` (KL on a dense student), `d2s` (KL and cross-entropy on a sparse one) and `preference`;
+    `llava_kd` has `dpt` (all terms, on the projector), `sft` (cross-entropy) and `dft` (all terms); `sparsight` has
+    `dpt`, `d2d`, `d2s` and `preference`: the first method's student with the second's visual terms."""
     stages: list[StageConfig] = Field(min_length=1)
     """With a preset: settings laid over the preset's stages, each naming its stage; all others stay as they are."""
 
@@ -174,3 +210,21 @@ class StudentRun(Slice):
                 "stage with rows: pairs, and not the first"
             )
         return self
+
+
+class VisualAsk(NamedTuple):
+    """What stages ask the teacher to say about a picture's positions, beside its answers."""
+
+    targets: bool = False
+    relation: bool = False
+    attention: bool = False
+
+
+def visual_ask(stages: Iterable[StageConfig]) -> VisualAsk:
+    """Everything that the visual terms of any of these stages need."""
+    terms = [stage.terms for stage in stages]
+    return VisualAsk(
+        any(it.visual_kl > 0.0 for it in terms),
+        any(it.relation > 0.0 for it in terms),
+        any(it.attention > 0.0 for it in terms),
+    )

@@ -1,8 +1,8 @@
 """Imports Hugging Face datasets: folders written by `save_to_disk`, and Parquet files.
 
 Rows are read as raw Arrow, so the pictures' bytes reach our own safe decoder and no other. A picture is bytes, an
-`Image` feature, or a list of one of these; the text is a question and an answer column (single texts or lists of
-equal length), or one column in LLaVA form. Called by data preparation.
+`Image` feature, or a list of one of these; a row with null or an empty list is text alone. The text is a question and
+an answer column (single texts or lists of equal length), or one column in LLaVA form. Called by data preparation.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from sparsight.config import DataConfig, HuggingFaceSource
 from sparsight.data.samples import Rows
-from sparsight.data.turns import pieces, read_conversation
+from sparsight.data.turns import check_unseen, pieces, read_conversation
 from sparsight.errors import DataError
 from sparsight.media.images import decode
-from sparsight.records import Quarantined, Sample, Turn
+from sparsight.records import Quarantined, Sample
 from sparsight.sources import row_prefix
 
 SOURCE = "hugging_face"
@@ -103,33 +103,42 @@ def _rows(
             label = f"{row_prefix(source)}/{index}"
             index += 1
             try:
-                parts = pieces(_turns(row, source), data.turns_per_sample)
-                picture = _picture(row[source.picture_column])
-                decode(picture, data.max_picture_bytes, data.max_picture_pixels)
+                messages = _messages(row, source)
+                parts = pieces(read_conversation(messages), data.turns_per_sample)
+                frames = _frames(row[source.picture_column])
+                if not frames:
+                    check_unseen(messages)
+                for picture in frames:
+                    decode(picture, data.max_picture_bytes, data.max_picture_pixels)
             except DataError as error:
                 yield Quarantined(label, source.path, str(error))
                 continue
             for part, turns in enumerate(parts):
-                yield Sample(label if len(parts) == 1 else f"{label}/{part}", (picture,), turns, SOURCE)
+                name = label if len(parts) == 1 else f"{label}/{part}"
+                yield Sample(name, frames, turns, SOURCE, (0.0,) * len(frames))
 
 
-def _picture(value: Any) -> bytes:
+def _frames(value: Any) -> tuple[bytes, ...]:
+    """The row's picture, or none."""
     if isinstance(value, list):
-        if len(value) != 1:
-            raise DataError(f"the row shows {len(value)} pictures, one is needed")
-        value = value[0]
+        if len(value) > 1:
+            raise DataError(f"the row shows {len(value)} pictures, one is the most")
+        value = value[0] if value else None
     if isinstance(value, Mapping):
         if value.get("bytes") is None and value.get("path"):
             raise DataError("the row holds only a picture's path: save the dataset with its pictures inside")
         value = value.get("bytes")
+    if value is None:
+        return ()
     if not isinstance(value, bytes):
-        raise DataError("the row holds no picture")
-    return value
+        raise DataError(f"the row's picture is a {type(value).__name__}, not bytes")
+    return (value,)
 
 
-def _turns(row: Mapping[str, Any], source: HuggingFaceSource) -> tuple[Turn, ...]:
+def _messages(row: Mapping[str, Any], source: HuggingFaceSource) -> Any:
+    """The row's conversation in LLaVA form, not checked yet."""
     if source.conversation_column is not None:
-        return read_conversation(row[source.conversation_column])
+        return row[source.conversation_column]
     questions, answers = row[source.question_column], row[source.answer_column]
     if not isinstance(questions, list) or not isinstance(answers, list):
         questions, answers = [questions], [answers]
@@ -138,4 +147,4 @@ def _turns(row: Mapping[str, Any], source: HuggingFaceSource) -> tuple[Turn, ...
     messages: list[dict[str, Any]] = []
     for question, answer in zip(questions, answers, strict=True):
         messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return read_conversation(messages)
+    return messages

@@ -1,7 +1,8 @@
 """Imports LLaVA-form training data: a JSON list (or JSON lines) of records, and a folder of pictures.
 
 A record is `{"id": …, "image": name, "conversations": [{"from": "human", "value": …}, {"from": "gpt", …}, …]}`.
-Records without exactly one readable picture inside the folder come out quarantined. Called by data preparation.
+One without an `image`, or with null, is text alone. Records that name or show a picture, but not exactly one readable
+picture inside the folder, come out quarantined. Called by data preparation.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 from sparsight.config import DataConfig, LlavaSource
 from sparsight.data.files import picture_path, read_json, read_json_lines, read_picture
 from sparsight.data.samples import Rows
-from sparsight.data.turns import pieces, read_conversation
+from sparsight.data.turns import check_unseen, pieces, read_conversation
 from sparsight.errors import DataError
 from sparsight.records import Quarantined, Sample
 from sparsight.sources import row_prefix
@@ -42,18 +43,20 @@ def _rows(records: list[Any], source: LlavaSource, folder: Path, data: DataConfi
         try:
             if not isinstance(record, Mapping):
                 raise DataError(f"the record is a {type(record).__name__}, not a mapping")
-            parts = pieces(read_conversation(record.get("conversations")), data.turns_per_sample)
-            picture = read_picture(_picture_path(record.get("image"), folder), data)
+            messages: Any = record.get("conversations")
+            name: Any = record.get("image")
+            parts = pieces(read_conversation(messages), data.turns_per_sample)
+            if name is None:
+                check_unseen(messages)
+            frames = () if name is None else (read_picture(_picture_path(name, folder), data),)
         except DataError as error:
             yield Quarantined(row, source.path, str(error))
             continue
         for part, turns in enumerate(parts):
-            yield Sample(row if len(parts) == 1 else f"{row}/{part}", (picture,), turns, SOURCE)
+            yield Sample(row if len(parts) == 1 else f"{row}/{part}", frames, turns, SOURCE, (0.0,) * len(frames))
 
 
 def _picture_path(name: Any, folder: Path) -> Path:
-    if name is None:
-        raise DataError("the record names no picture")
     if not isinstance(name, str) or not name:
         raise DataError("the record's 'image' must be one file name")
     return picture_path(name, folder)

@@ -2,7 +2,8 @@
 
 Files are `part-<hash>.parquet` (SIGNAL_SCHEMA) and `quarantine.parquet`; each appears whole or not at all, and its
 name follows from the ids in it, so writing the same rows again replaces the same file. Columns are built from whole
-arrays, never value by value. Written by labelling, read by distillation and evaluation.
+arrays, never value by value. What is said about pictures goes beside them (`visual_signals`). Written by labelling,
+read by distillation and evaluation.
 """
 
 import hashlib
@@ -15,14 +16,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sparsight.data.visual_signals import VISUAL_FIELDS, visual_columns
 from sparsight.errors import DataError
 from sparsight.records import QUARANTINE_SCHEMA, SIGNAL_SCHEMA, Quarantined, TeacherSignal, hash_response
 from sparsight.storage import Storage
 
 LABELLED_SCHEMA = pa.schema(
-    [*(field.with_nullable(True) for field in SIGNAL_SCHEMA), ("source", pa.string()), ("reason", pa.string())]
+    [
+        *(field.with_nullable(True) for field in SIGNAL_SCHEMA),
+        *VISUAL_FIELDS,
+        ("source", pa.string()),
+        ("reason", pa.string()),
+    ]
 )
-"""Signals and quarantined rows in one table, as they leave a labelling worker; `reason` is null for a signal."""
+"""Signals and quarantined rows in one table, as they leave a labelling worker; `reason` is null for a signal, visual
+columns are null where no stage asked for them."""
 
 _NUMBER_COLUMNS = (
     "response_ids", "head_ids", "tail_ids", "label_logprobs", "head_logprobs", "tail_mass", "tail_logprobs"
@@ -63,6 +71,7 @@ def _signal_columns(signals: Sequence[TeacherSignal]) -> pa.Table:
             "tail_logprobs": lists([target.tail_logprobs_nS for target in targets], np.float16),
             "visual_tokens": pa.array([signal.visual_tokens for signal in signals], pa.int32()),
             "response_hash": pa.array(hashes, pa.binary(16)),
+            **visual_columns(signals),
             "source": nothing,
             "reason": nothing,
         }

@@ -44,6 +44,12 @@ def read_conversation(messages: Any) -> tuple[Turn, ...]:
     return tuple(Turn(question, answer) for question, answer in zip(questions, answers, strict=True))
 
 
+def check_unseen(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `DataError` where a conversation that `read_conversation` accepts, without a picture, shows one."""
+    if any(PICTURE_MARK in message["value"] for message in messages):
+        raise DataError(f"the conversation shows an {PICTURE_MARK}, but the row holds no picture")
+
+
 def _value(message: Any, index: int) -> str:
     speaker = ("human", "gpt")[index % 2]
     if not isinstance(message, Mapping) or message.get("from") != speaker:

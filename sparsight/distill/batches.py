@@ -17,6 +17,7 @@ from sparsight.distill.pictures import Clips, Pictures
 from sparsight.distill.rows import TrainingRow
 from sparsight.errors import ConfigError
 from sparsight.model.packing import Packing, pack
+from sparsight.records import SparseTargets
 
 WINDOW_STEPS = 16
 """Rows are sorted by length among so many steps, so that a batch holds little padding."""
@@ -140,6 +141,11 @@ def collate(rows: Sequence[TrainingRow], pictures: Pictures, pad_id: int, ce_wei
 def _sparse(rows: Sequence[TrainingRow]) -> SparseTargetTensors:
     stored = [row.targets for row in rows if row.targets is not None]
     assert len(stored) == len(rows), "a KL term needs the teacher's targets in every row"
+    return sparse_tensors(stored)
+
+
+def sparse_tensors(stored: Sequence[SparseTargets]) -> SparseTargetTensors:
+    """The targets of all positions, one after another."""
     return SparseTargetTensors(
         torch.from_numpy(np.concatenate([targets.head_ids_nK for targets in stored]).astype(np.int64)),
         torch.from_numpy(np.concatenate([targets.head_logprobs_nK for targets in stored])),

@@ -23,6 +23,7 @@ from sparsight.distill.pictures import Pictures
 from sparsight.distill.response_objective import ResponseObjective
 from sparsight.distill.rows import Row, TrainingRow
 from sparsight.distill.step import Objective, StepOutput
+from sparsight.distill.taught import StoredSide, TeacherSide
 from sparsight.distill.telemetry import PAIRS_EVERY_STEPS, routing_metrics
 from sparsight.distill.workers import sum_over_workers, worker_count, worker_rank
 from sparsight.errors import CheckpointError, ConfigError
@@ -34,7 +35,8 @@ from sparsight.model.vision_language import VisionLanguageModel
 class StageTrainer:
     """Trains one stage of one student on the rows given; every worker is given the same rows.
 
-    `vocabulary` cuts the head to the ids that the teacher knows, where its head is shorter than the student's.
+    `vocabulary` cuts the head to the ids that the teacher knows, where its head is shorter than the student's. `side`
+    gives the teacher's side of rows; None takes what the rows themselves hold.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class StageTrainer:
         pictures: Pictures,
         seed: int,
         vocabulary: int | None = None,
+        side: TeacherSide | None = None,
     ) -> None:
         if stage.batch_samples < worker_count():
             raise ConfigError(
@@ -63,7 +66,7 @@ class StageTrainer:
             )
         self.optimizer = make_optimizer(self.parameters, stage)
         self.sparse_layers = sorted(routers(student))
-        self.objective = _objective(student, stage, rows, pictures, vocabulary)
+        self.objective = _objective(student, stage, rows, pictures, side or StoredSide(), vocabulary)
         self.module: nn.Module = self.objective.module
         if worker_count() > 1:
             self.module = DistributedDataParallel(self.module, forward_sync_buffers=False, gradient_as_bucket_view=True)
@@ -134,6 +137,7 @@ def _objective(
     stage: StageConfig,
     rows: Sequence[Row],
     pictures: Pictures,
+    side: TeacherSide,
     vocabulary: int | None,
 ) -> Objective:
     if stage.rows == "pairs":
@@ -142,4 +146,4 @@ def _objective(
         return PairObjective(student, stage, pairs, pictures, vocabulary)
     answers = [row for row in rows if isinstance(row, TrainingRow)]
     assert len(answers) == len(rows), "a stage over samples needs rows of samples"
-    return ResponseObjective(student, stage, answers, pictures, vocabulary)
+    return ResponseObjective(student, stage, answers, pictures, side, vocabulary)

@@ -121,7 +121,7 @@ class PairStep(nn.Module):
         self._vocabulary = vocabulary
 
     def forward(self, batch: PairBatch) -> StepOutput:
-        hidden_BTD, trace = forward_student(
+        hidden_BTD, trace, _ = forward_student(
             self._student, batch.input_ids_BT, batch.mask_BT, batch.clips, batch.packing
         )
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.before_N]

@@ -28,7 +28,7 @@ FEATURES_VERSION = 1
 class Clips(NamedTuple):
     """Frames of several clips, one after another: features [N, P, D] or pixels [N, 3, side, side].
 
-    `frames` says how many belong to each clip.
+    `frames` says how many belong to each clip: none to the clip of a row that is text alone.
     """
 
     values: torch.Tensor
@@ -52,7 +52,7 @@ class PixelPictures:
 
     @property
     def content_hashes(self) -> list[str]:
-        """Every picture once, in the samples' order."""
+        """Every clip once, in the samples' order; each sample of text alone has its own, without frames."""
         return list(self._frames)
 
     def load(self, content_hashes: Sequence[str]) -> Clips:
@@ -76,7 +76,8 @@ class FeaturePictures:
     def load(self, content_hashes: Sequence[str]) -> Clips:
         """Raises `DataError` for a picture that the table does not hold."""
         clips = [self._clip(content_hash) for content_hash in content_hashes]
-        values = torch.from_numpy(np.concatenate(clips).astype(np.float32))
+        shown = [clip for clip in clips if len(clip)]
+        values = torch.from_numpy(np.concatenate(shown or clips[:1]).astype(np.float32))
         return Clips(values, [len(clip) for clip in clips], are_features=True)
 
     def _clip(self, content_hash: str) -> np.ndarray:
@@ -100,7 +101,8 @@ def write_features(
     places: dict[str, list[str | int]] = {"content_hash": [], "file": [], "first": [], "frames": []}
     for file, content_hashes in enumerate(clips):
         pixels = pictures.load(content_hashes)
-        features_NPD = tower(pixels.values).to(torch.float16).cpu()
+        seen = tower(pixels.values) if len(pixels.values) else torch.zeros(0, 0, 0)  # towers refuse to see nothing
+        features_NPD = seen.to(torch.float16).cpu()
         if not bool(features_NPD.isfinite().all()):
             raise DataError("the tower's features do not fit float16: set distill.precompute_features: false")
         buffer = BytesIO()

@@ -1,10 +1,11 @@
-"""Learning from answers: cross-entropy on ground truth and forward KL to the teacher, at response positions.
+"""Learning from samples: cross-entropy on ground truth, and the teacher's side of answers and pictures.
 
-The mimic stages of LLaVA-MoD and plain supervised training; `losses` has the formulas. Used by the loop.
+Plain supervised training, the mimic stages of LLaVA-MoD and all stages of LLaVA-KD; `losses` has the KL at answers and
+pictures, `visual_loss` the relation and attention terms. Used by the loop.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,37 +15,78 @@ from sparsight.distill.batches import Batch, collate
 from sparsight.distill.losses import Tail, response_loss
 from sparsight.distill.pictures import Pictures
 from sparsight.distill.rows import TrainingRow
-from sparsight.distill.step import Numbers, StepOutput, forward_student, with_balance
+from sparsight.distill.step import Numbers, StepOutput, StudentForward, forward_student, with_balance
+from sparsight.distill.taught import TaughtRow, TeacherSide
+from sparsight.distill.visual_batch import VisualBatch, visual_batch, with_pictures
+from sparsight.distill.visual_loss import VisualLosses
 from sparsight.distill.workers import worker_count
 from sparsight.model.vision_language import VisionLanguageModel
 
 
-class ResponseStep(nn.Module):
-    """Batch in, weighted loss out. Sums: CE, KL, CE positions, KL positions, input tokens."""
+class TaughtBatch(NamedTuple):
+    """A worker's share of a step; `sample_scale` is what one sample counts in the terms that are means over samples."""
 
-    def __init__(self, student: VisionLanguageModel, balance_weight: float, tail: Tail, vocabulary: int | None) -> None:
+    answers: Batch
+    pictures: VisualBatch | None
+    sample_scale: float
+
+
+class ResponseStep(nn.Module):
+    """Batch in, weighted loss out. Sums: CE, KL, visual KL, relation and attention losses, then what they are sums of:
+    CE positions, KL positions, pictures' positions, samples with a picture; input tokens."""
+
+    def __init__(self, student: VisionLanguageModel, stage: StageConfig, vocabulary: int | None) -> None:
         super().__init__()
         self.stock: nn.Module = student.model
-        self._student = student
-        self._balance_weight = balance_weight
-        self._tail: Tail = tail
-        self._vocabulary = vocabulary
+        self._student, self._terms, self._vocabulary = student, stage.terms, vocabulary
+        self._tail: Tail = stage.tail
+        self._visual = VisualLosses(stage)
 
-    def forward(self, batch: Batch) -> StepOutput:
-        hidden_BTD, trace = forward_student(
-            self._student, batch.input_ids_BT, batch.mask_BT, batch.clips, batch.packing
+    def forward(self, batch: TaughtBatch) -> StepOutput:
+        answers, pictures = batch.answers, batch.pictures
+        attention = self._terms.attention > 0
+        forward = forward_student(
+            self._student, answers.input_ids_BT, answers.mask_BT, answers.clips, answers.packing, attention
         )
-        hidden_ND = hidden_BTD.flatten(0, 1)[batch.selected_N]
-        response = response_loss(hidden_ND, self._student.head_VD[: self._vocabulary], batch.targets, self._tail)
-        ce_here_N, kl_here_N = batch.targets.ce_weights_N > 0, batch.targets.kl_weights_N > 0
-        ce, kl = response.cross_entropy_N[ce_here_N].sum(), response.kl_N[kl_here_N].sum()
-        counts = [ce_here_N.sum(), kl_here_N.sum(), batch.mask_BT.sum()]
-        sums = torch.stack([ce, kl, *(count.to(ce.dtype) for count in counts)])
-        return with_balance(response.total, sums, trace, batch.mask_BT, self._balance_weight)
+        loss, sums = self._losses(forward, batch)
+        counts = [(answers.targets.ce_weights_N > 0).sum(), (answers.targets.kl_weights_N > 0).sum()]
+        seen = [0, 0] if pictures is None else [sum(pictures.lengths), sum(length > 0 for length in pictures.lengths)]
+        numbers = [*counts, *map(loss.new_tensor, seen), answers.mask_BT.sum()]
+        sums = torch.stack([*sums, *(number.to(loss.dtype) for number in numbers)])
+        return with_balance(loss, sums, forward.trace, answers.mask_BT, self._terms.balance)
+
+    def _losses(self, forward: StudentForward, batch: TaughtBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The weighted loss without the routers' balance, and the unweighted sum of every term."""
+        answers, pictures = batch.answers, batch.pictures
+        head_VD = self._student.head_VD[: self._vocabulary]
+        hidden_TD, at_answers = forward.hidden_BTD.flatten(0, 1), answers.selected_N
+        if pictures is None:
+            response = response_loss(hidden_TD[at_answers], head_VD, answers.targets, self._tail)
+            nothing = response.total.new_zeros(())
+            return response.total, [*_sums(response.cross_entropy_N, response.kl_N, answers), *[nothing] * 3]
+        at_pictures = pictures.flat(answers.mask_BT.shape[1]).to(hidden_TD.device)
+        targets = with_pictures(answers.targets, pictures)
+        hidden_ND = hidden_TD[torch.cat([at_answers, at_pictures])]
+        kl_ND = hidden_ND[: len(targets.label_ids_N)]  # pictures stand in it if there is a visual KL
+        response = response_loss(kl_ND, head_VD, targets, self._tail)
+        n = len(at_answers)
+        relations = self._visual.relations(hidden_ND[n:], head_VD, pictures)
+        attentions = self._visual.attentions(forward, pictures)
+        weighted = self._terms.relation * relations.sum() + self._terms.attention * attentions.sum()
+        sums = [*_sums(response.cross_entropy_N[:n], response.kl_N[:n], answers), response.kl_N[n:].sum()]
+        sums += [relations.detach().sum(), attentions.detach().sum()]
+        return response.total + batch.sample_scale * weighted, sums
+
+
+def _sums(cross_entropy_N: torch.Tensor, kl_N: torch.Tensor, answers: Batch) -> list[torch.Tensor]:
+    """Of CE and KL over the answers' positions that count in each."""
+    targets = answers.targets
+    return [cross_entropy_N[targets.ce_weights_N > 0].sum(), kl_N[targets.kl_weights_N > 0].sum()]
 
 
 class ResponseObjective:
-    """The objective of stages over samples. `vocabulary` cuts the head to the ids that the teacher knows."""
+    """The objective of stages over samples. `side` gives the teacher's side, `vocabulary` cuts the head to the ids that
+    the teacher knows."""
 
     def __init__(
         self,
@@ -52,29 +94,45 @@ class ResponseObjective:
         stage: StageConfig,
         rows: Sequence[TrainingRow],
         pictures: Pictures,
+        side: TeacherSide,
         vocabulary: int | None,
     ) -> None:
-        self._student, self._terms, self._rows, self._pictures = student, stage.terms, rows, pictures
-        self.module: nn.Module = ResponseStep(student, stage.terms.balance, stage.tail, vocabulary)
+        self._student, self._terms, self._rows = student, stage.terms, rows
+        self._pictures, self._side = pictures, side
+        if stage.terms.attention > 0:
+            student.use_eager_attention()
+        self.module: nn.Module = ResponseStep(student, stage, vocabulary)
 
-    def batch(self, everything: Numbers, share: Numbers) -> Batch:
-        """Every term is a sum over positions divided by the response tokens of the whole global batch; the factor
-        `workers` undoes the averaging of gradients over workers."""
+    def batch(self, everything: Numbers, share: Numbers) -> TaughtBatch:
+        """Terms at answers are sums over positions divided by the response tokens of the whole global batch, terms at
+        pictures are means over its samples; the factor `workers` undoes the averaging of gradients over workers."""
         tokens = sum(len(self._rows[number].positions_n) for number in everything)
-        rows = [self._rows[number] for number in share]
         terms, scale = self._terms, worker_count() / max(1, tokens)
+        taught = self._taught(share)
+        rows, chat, device = [row for row, _ in taught], self._student.chat, self._student.device
         ce_weight, kl_weight = terms.cross_entropy * scale, terms.forward_kl * scale
-        batch = collate(rows, self._pictures, self._student.chat.pad_id, ce_weight, kl_weight)
-        return batch.to(self._student.device)
+        answers = collate(rows, self._pictures, chat.pad_id, ce_weight, kl_weight).to(device)
+        sample_scale = worker_count() / len(everything)
+        if not terms.visual:
+            return TaughtBatch(answers, None, sample_scale)
+        pictures = visual_batch(taught, terms, chat.visual_id, terms.visual_kl * sample_scale)
+        return TaughtBatch(answers, pictures.to(device), sample_scale)
+
+    def _taught(self, share: Numbers) -> list[TaughtRow]:
+        rows = [self._rows[number] for number in share]
+        return self._side.of(rows) if self._terms.of_teacher else [TaughtRow(row, None) for row in rows]
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
-        ce, kl, ce_positions, kl_positions = sums
-        found: dict[str, float] = {}
-        if ce_positions:
-            found["cross_entropy"] = ce / ce_positions
-        if kl_positions:
-            found["forward_kl"] = kl / kl_positions
-        return found
+        ce, kl, visual_kl, relation, attention, ce_positions, kl_positions, positions, samples = sums
+        terms = self._terms
+        means = {
+            "cross_entropy": (terms.cross_entropy, ce, ce_positions),
+            "forward_kl": (terms.forward_kl, kl, kl_positions),
+            "visual_kl": (terms.visual_kl, visual_kl, positions),
+            "relation": (terms.relation, relation, samples),
+            "attention": (terms.attention, attention, samples),
+        }
+        return {name: total / count for name, (weight, total, count) in means.items() if weight and count}
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -4,10 +4,8 @@ teacher's tower.
 Later stages start from the stage before. Called by the distillation pipeline.
 """
 
-import hashlib
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer
 
 from sparsight.config import StudentConfig
@@ -48,13 +46,3 @@ def _copy_tower(teacher: VisionLanguageModel, student: VisionLanguageModel) -> N
         )
     student.model.model.vision_tower.load_state_dict(theirs)
     student.pixels = teacher.pixels
-
-
-def tower_digest(model: VisionLanguageModel) -> str:
-    """Equal for two models whose towers compute the same features from the same pictures."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{model.pixels} {model.model.config.vision_feature_layer}".encode())
-    for name, value in sorted(model.model.model.vision_tower.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -57,30 +57,50 @@ class Objective(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
 
+class StudentForward(NamedTuple):
+    """Last hidden states [B, T, D] of a batch, what its routers said, and, where asked for, every layer's attention
+    [B, H, T, T]."""
+
+    hidden_BTD: torch.Tensor
+    trace: RouterTrace
+    attentions_L: Sequence[torch.Tensor]
+
+
 def forward_student(
     student: VisionLanguageModel,
     input_ids_BT: torch.Tensor,
     mask_BT: torch.Tensor,
     clips: Clips,
     packing: Packing | None,
-) -> tuple[torch.Tensor, RouterTrace]:
-    """Last hidden states [B, T, D] of a batch, and what its routers said."""
+    attention: bool = False,
+) -> StudentForward:
+    """One forward pass of a batch, pictures included."""
     visual_ND = visual_embeds(student, clips)
     with trace_routers(student) as trace:
-        hidden_BTD = student.hidden(input_ids_BT, mask_BT, visual_ND, packing)
-    return hidden_BTD, trace
+        hidden_BTD, attentions = student.forward_text(input_ids_BT, mask_BT, visual_ND, packing, attention)
+    return StudentForward(hidden_BTD, trace, attentions)
 
 
 def visual_embeds(student: VisionLanguageModel, clips: Clips) -> torch.Tensor:
-    """Embeddings of all clips' visual tokens in reading order [N, D]; the tower runs only on pixels."""
-    values = clips.values.to(student.device)
+    """Embeddings of all clips' visual tokens in reading order [N, D]; the tower runs only on pixels.
+
+    A clip without frames has none. Where no clip has any, the result [0, D] still is a function of all weights that
+    pictures go through: their gradients are then zero, not missing, which data-parallel training waits for.
+    """
     trains = any(parameter.requires_grad for parameter in student.model.model.vision_tower.parameters())
     if trains and clips.are_features:
         raise ConfigError("a stage that trains the tower cannot use precomputed features")
+    frames = [count for count in clips.frames if count]
+    if not frames:
+        stock = student.model.model
+        weights = [*stock.vision_tower.parameters(), *stock.multi_modal_projector.parameters()]
+        nothing = [weight.flatten()[:0].sum() for weight in weights if weight.requires_grad]
+        return student.newline_D[None][:0] + sum(nothing)
+    values = clips.values.to(student.device)
     features_NPD = values if clips.are_features else student.features(values, gradient=trains)
-    if len(set(clips.frames)) == 1:
-        return student.clip_embeds(features_NPD.unflatten(0, (-1, clips.frames[0]))).flatten(0, 1)
-    split = features_NPD.split(clips.frames)
+    if len(set(frames)) == 1:
+        return student.clip_embeds(features_NPD.unflatten(0, (-1, frames[0]))).flatten(0, 1)
+    split = features_NPD.split(frames)
     return torch.cat([student.clip_embeds(clip_FPD[None])[0] for clip_FPD in split])
 
 

@@ -1,4 +1,4 @@
-"""A model sits the test: every question asked alone about its picture, and read once more with its answer.
+"""A model sits the test: every question asked alone about its picture, if any, and read once more with its answer.
 
 The first pass generates greedily, as a user would meet the model. The second is teacher-forced: it keeps the hidden
 states that predict answer tokens (for agreement with a teacher) and counts what the routers chose. A picture goes
@@ -33,7 +33,7 @@ PICTURE_TOKENS, TEXT_TOKENS, ANSWER_TOKENS = "picture tokens", "text tokens", "a
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one question; `picture` is the content hash of what it was about."""
+    """What a model said to one question; `picture` is the content hash of its sample."""
 
     id: str
     picture: str
@@ -106,7 +106,7 @@ def _add(into: ExpertCounts, layer: int, group: str, counts: Sequence[int]) -> N
 
 @dataclass(frozen=True)
 class _Item:
-    """One question, encoded with its reference answer; `visual_TD` are its picture's tokens."""
+    """One question, encoded with its reference answer; `visual_TD` are its picture's tokens, none for text alone."""
 
     answer_type: str
     chat: EncodedChat
@@ -163,11 +163,11 @@ class Examiner:
         ]
 
     def _visual_tokens(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        """Visual tokens [F * S + 1, D] of each different picture, by content hash."""
-        clips = sorted(
-            {sample.content_hash: sample.frames for sample in samples}.items(), key=lambda clip: len(clip[1])
-        )
-        tokens: dict[str, torch.Tensor] = {}
+        """Visual tokens [F * S + 1, D] of each different picture, none [0, D] for text alone, by content hash."""
+        nothing_0D = self.model.newline_D[None][:0]
+        tokens = {sample.content_hash: nothing_0D for sample in samples if not sample.frames}
+        pictured = {sample.content_hash: sample.frames for sample in samples if sample.frames}
+        clips = sorted(pictured.items(), key=lambda clip: len(clip[1]))
         for frames, group in groupby(clips, key=lambda clip: len(clip[1])):
             for batch in _batches(list(group), max(1, self.batch // frames)):
                 pictures = [decode(frame, *self.limits) for _, clip in batch for frame in clip]

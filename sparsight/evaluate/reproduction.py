@@ -20,8 +20,11 @@ OPEN_TYPES = frozenset({"caption"})
 
 ACCURACY, CHAIR_RESPONSE, CHAIR_OBJECT, CHAIR_RECALL = "accuracy", "chair_response", "chair_object", "chair_recall"
 LOWER_IS_BETTER = frozenset({CHAIR_RESPONSE, CHAIR_OBJECT})
-METRICS = (ACCURACY, CHAIR_RESPONSE, CHAIR_OBJECT, CHAIR_RECALL, "pope_adversarial_f1", "kl_nats")
+METRICS = (ACCURACY, CHAIR_RESPONSE, CHAIR_OBJECT, CHAIR_RECALL, "pope_adversarial_f1", "kl_nats", "top1_agreement")
 """What is kept of a model, beside its size; a metric that an evaluation lacks is left out."""
+
+SIGNAL_BYTES = "signal_bytes_per_token"
+"""A metric of the teacher: what its labels take in the store, per response token."""
 
 Metrics = Mapping[str, Mapping[str, float]]
 """Of one seed: values by model and metric."""
@@ -54,6 +57,38 @@ class Comparison(NamedTuple):
     other: str
     metric: str
     published: str
+
+
+class Headline(NamedTuple):
+    """A figure that is one model's mean over the seeds."""
+
+    key: str
+    model: str
+    metric: str
+
+
+class Study(NamedTuple):
+    """A paper's comparisons, and how their page is laid out.
+
+    `columns` are (metric, heading, format) of the table of models, `plane` the two metrics that models are drawn in.
+    `best_of` names a figure as the difference of one model to the best of others: (key, one, others).
+    """
+
+    name: str
+    title: str
+    introduction: str
+    comparisons: Sequence[Comparison]
+    columns: Sequence[tuple[str, str, str]]
+    headlines: Sequence[Headline]
+    plane: tuple[str, str]
+    best_of: tuple[str, str, Sequence[str]] | None = None
+
+    @property
+    def models(self) -> set[str]:
+        """Every model that is compared or named."""
+        compared = {model for it in self.comparisons for model in (it.one, it.other)}
+        best = () if self.best_of is None else (self.best_of[1], *self.best_of[2])
+        return compared | {it.model for it in self.headlines} | set(best)
 
 
 class Compared(NamedTuple):
@@ -110,3 +145,24 @@ def over_seeds(seeds: Sequence[Metrics], model: str, metric: str) -> Interval | 
     if not all(metric in seed.get(model, {}) for seed in seeds):
         return None
     return interval([seed[model][metric] for seed in seeds])
+
+
+def figures_of(study: Study, seeds: Sequence[Metrics], compared: Sequence[Compared]) -> dict[str, float]:
+    """The study's headlines as means over the seeds, and every comparison with its interval, by flat names."""
+    found: dict[str, float] = {"seeds": len(seeds)}
+    for entry in compared:
+        key, gap = entry.comparison.key, entry.difference
+        found[key] = gap.mean
+        if len(seeds) > 1:
+            found |= {f"{key}_ci_low": gap.low, f"{key}_ci_high": gap.high}
+    for key, model, metric in study.headlines:
+        value = over_seeds(seeds, model, metric)
+        if value is not None:
+            found[key] = value.mean
+    if study.best_of is not None:
+        key, one, others = study.best_of
+        means = {model: over_seeds(seeds, model, ACCURACY) for model in (one, *others)}
+        known = {model: value.mean for model, value in means.items() if value is not None}
+        if len(known) == len(means):
+            found[key] = known[one] - max(known[model] for model in others)
+    return found

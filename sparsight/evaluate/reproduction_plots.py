@@ -1,4 +1,4 @@
-"""A reproduction's pictures: differences with intervals, and hallucination against accuracy. PNG bytes out."""
+"""A reproduction's pictures: differences with intervals, and models in the plane of two metrics. PNG bytes out."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -40,7 +40,7 @@ def _label(entry: Compared) -> str:
     return f"{it.title}\n{it.metric.replace('_', ' ')}, {better}"
 
 
-def trade_off(seeds: Sequence[Metrics], models: Sequence[str], across: str, up: str) -> bytes:
+def plane(seeds: Sequence[Metrics], models: Sequence[str], across: str, up: str) -> bytes:
     """Every model in the plane of two metrics: seeds as dots, their mean with the name."""
     figure = Figure(figsize=(WIDTH_IN, 4.2), dpi=DPI, layout="constrained")
     axes: Any = figure.subplots()

@@ -126,14 +126,17 @@ class ChatEncoder:
         return text
 
     def encode(self, turns: Sequence[Turn], visual_tokens: int) -> EncodedChat:
-        """A whole conversation about one picture that takes `visual_tokens` tokens; every answer must be present."""
+        """A whole conversation about one picture that takes `visual_tokens` tokens, 0 where there is none.
+
+        Every answer must be present.
+        """
         if len(turns) == 1:
             key = ("chat", turns[0].question, turns[0].answer, visual_tokens)
             return self._once(key, lambda: self._encode(turns, visual_tokens))
         return self._encode(turns, visual_tokens)
 
     def _encode(self, turns: Sequence[Turn], visual_tokens: int) -> EncodedChat:
-        pieces = self._pieces(turns)
+        pieces = self._pieces(turns, visual_tokens)
         texts: list[str] = [pieces[0]]
         for turn, piece in zip(turns, pieces[1:], strict=True):
             if turn.answer is None:
@@ -141,7 +144,7 @@ class ChatEncoder:
             end, rest = self.split_end(piece)
             texts += [self.plain(turn.answer) + end, rest]
         ids = self._tokenize(texts)
-        input_ids = self._expand(ids[0], [visual_tokens])
+        input_ids = self._first(ids[0], visual_tokens)
         spans: list[tuple[int, int]] = []
         for answer_ids, rest_ids in zip(ids[1::2], ids[2::2], strict=True):
             spans.append((len(input_ids), len(input_ids) + len(answer_ids)))
@@ -150,6 +153,7 @@ class ChatEncoder:
 
     def encode_independent(self, turns: Sequence[Turn], visual_tokens: int) -> EncodedChat:
         """Questions that share one picture and nothing else: the picture once, then what follows it in each prompt."""
+        assert visual_tokens > 0, "what questions share is a picture"
         alone = [self.encode([turn], visual_tokens) for turn in turns]
         last_visual = max(index for index, token in enumerate(alone[0].input_ids) if token == self.visual_id)
         input_ids = alone[0].input_ids[: last_visual + 1]
@@ -164,11 +168,11 @@ class ChatEncoder:
         return EncodedChat(input_ids, spans, visual_tokens, tuple(starts))
 
     def encode_answers(self, question: str, answers: Sequence[str], visual_tokens: int) -> EncodedAnswers:
-        """Several answers to one question about one picture: the prompt once, then every answer with its end."""
-        pieces = self._pieces([Turn(question, None)])
+        """Several answers to one question about a picture, if any: the prompt once, then each answer with its end."""
+        pieces = self._pieces([Turn(question, None)], visual_tokens)
         end, _ = self.split_end(pieces[1])
         prompt, *answer_ids = self._tokenize([pieces[0], *(self.plain(answer) + end for answer in answers)])
-        input_ids = self._expand(prompt, [visual_tokens])
+        input_ids = self._first(prompt, visual_tokens)
         spans: list[tuple[int, int]] = []
         for ids in answer_ids:
             spans.append((len(input_ids), len(input_ids) + len(ids)))
@@ -176,17 +180,18 @@ class ChatEncoder:
         return EncodedAnswers(input_ids, spans, visual_tokens)
 
     def turn_prompts(self, turns: Sequence[Turn], visual_tokens: int) -> list[list[int]]:
-        """What to feed before each answer: the first holds the picture, later ones what follows an answer's end."""
+        """What to feed before each answer: the first holds the picture, if there is one (`visual_tokens` above 0),
+        later ones what follows an answer's end."""
         if len(turns) == 1:
             key = ("prompt", turns[0].question, visual_tokens)
             return self._once(key, lambda: self._turn_prompts(turns, visual_tokens))
         return self._turn_prompts(turns, visual_tokens)
 
     def _turn_prompts(self, turns: Sequence[Turn], visual_tokens: int) -> list[list[int]]:
-        pieces = self._pieces(turns)
+        pieces = self._pieces(turns, visual_tokens)
         texts = [pieces[0]] + [self.split_end(piece)[1] for piece in pieces[1:-1]]
         first, *later = self._tokenize(texts)
-        return [self._expand(first, [visual_tokens]), *later]
+        return [self._first(first, visual_tokens), *later]
 
     def _once(self, key: tuple[object, ...], make: Callable[[], Value]) -> Value:
         """What was made of a single question, remembered: benchmarks ask few questions about many pictures."""
@@ -222,11 +227,11 @@ class ChatEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _pieces(self, turns: Sequence[Turn]) -> list[str]:
+    def _pieces(self, turns: Sequence[Turn], visual_tokens: int) -> list[str]:
         """The rendered conversation cut where the answers stand: one piece more than there are turns."""
         messages: list[Message] = []
         for index, turn in enumerate(turns):
-            content: list[Message] = [{"type": "video"}] if index == 0 else []
+            content: list[Message] = [{"type": "video"}] if visual_tokens and index == 0 else []
             content.append({"type": "text", "text": self.plain(turn.question)})
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER_MARK}]})
@@ -245,6 +250,10 @@ class ChatEncoder:
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    def _first(self, ids: list[int], visual_tokens: int) -> list[int]:
+        """The piece before the first answer, which shows the picture if it takes any tokens."""
+        return self._expand(ids, [visual_tokens] if visual_tokens else [])
 
     def _expand(self, ids: list[int], visual_tokens: Sequence[int]) -> list[int]:
         expanded: list[int] = []

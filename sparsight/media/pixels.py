@@ -41,6 +41,8 @@ class PixelSettings:
 def to_pixels(pictures: Sequence[Image.Image], settings: PixelSettings) -> torch.Tensor:
     """RGB pictures of any size → float32 [F, 3, side, side]."""
     side = settings.side
+    if not pictures:
+        return torch.zeros(0, 3, side, side)
     resized = [
         picture if picture.size == (side, side) else picture.resize((side, side), Image.Resampling.BICUBIC)
         for picture in pictures

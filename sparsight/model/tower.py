@@ -137,12 +137,7 @@ def one_object(
                     label[0] = SHAPES.index(turn.answer)
                 elif turn.answer in COLOUR_NAMES:
                     label[1] = COLOUR_NAMES.index(turn.answer)
-    side = model.pixels.side
-    pixels = (
-        to_pixels([decode(frame, *limits) for frame in frames.values()], model.pixels)
-        if frames
-        else torch.zeros(0, 3, side, side)
-    )
+    pixels = to_pixels([decode(frame, *limits) for frame in frames.values()], model.pixels)
     labels_N2 = torch.tensor(list(named.values()), dtype=torch.long).view(-1, 2)
     return OneObject(pixels, labels_N2[:, 0], labels_N2[:, 1])
 

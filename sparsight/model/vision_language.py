@@ -91,8 +91,8 @@ class VisionLanguageModel:
         return self.model.get_output_embeddings().weight
 
     def visual_tokens(self, frames: int = 1) -> int:
-        """Tokens that a clip of so many frames takes in the text model."""
-        return frames * self.frame_tokens + 1
+        """Tokens that a clip of so many frames takes in the text model; text alone, with 0 frames, takes none."""
+        return frames * self.frame_tokens + 1 if frames else 0
 
     def features(self, pixels_NCHW: torch.Tensor, gradient: bool = False) -> torch.Tensor:
         """The tower's patch features [N, P, D of the tower] of N frames; no gradient unless asked for."""
@@ -141,15 +141,44 @@ class VisionLanguageModel:
 
         With a `packing`, independent questions of a row do not see each other.
         """
+        return self.forward_text(input_ids_BT, attention_mask_BT, visual_ND, packing)[0]
+
+    def forward_text(
+        self,
+        input_ids_BT: torch.Tensor,
+        attention_mask_BT: torch.Tensor,
+        visual_ND: torch.Tensor | None,
+        packing: Packing | None = None,
+        attention: bool = False,
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """`hidden`, and with `attention` what every layer attends to [B, H, T, T], else nothing.
+
+        The model's attention must then be of kind `eager` (`use_eager_attention`): others do not return it.
+        """
         embeds_BTD = self.embed(input_ids_BT, visual_ND)
         mask, positions_BT = (attention_mask_BT, None) if packing is None else packing
+        if packing is not None and self._attention == "eager":  # which adds its mask
+            mask = torch.zeros(mask.shape, dtype=embeds_BTD.dtype).masked_fill_(
+                ~mask, torch.finfo(embeds_BTD.dtype).min
+            )
         outputs = self.text_model(
             inputs_embeds=embeds_BTD,
             attention_mask=mask.to(self.device),
             position_ids=None if positions_BT is None else positions_BT.to(self.device),
             use_cache=False,
+            output_attentions=attention,
         )
-        return outputs.last_hidden_state
+        return outputs.last_hidden_state, outputs.attentions if attention else ()
+
+    def use_eager_attention(self) -> None:
+        """Attention that can be asked for its weights; slower, and of the same values up to rounding."""
+        text: Any = self.text_model
+        text.set_attn_implementation("eager")
+
+    @property
+    def _attention(self) -> str:
+        text: Any = self.text_model
+        return text.config._attn_implementation
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-padded ids and their attention mask, both [B, T]."""

@@ -1,8 +1,9 @@
 """From samples to signals: what every teacher does in the same way.
 
 Pictures are opened safely, withheld answers written, conversations encoded, sequences of similar length forwarded
-together, and the head evaluated at the positions that predict response tokens only. A row that cannot be labelled
-becomes a `Quarantined` with its reason. The model itself is behind `TeacherModel`.
+together, and the head evaluated at the positions that predict response tokens, and at pictures' positions where that is
+asked for (`visual`). A row that cannot be labelled becomes a `Quarantined` with its reason. The model itself is behind
+`TeacherModel`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,12 @@ import torch
 from PIL import Image
 
 from sparsight.errors import DataError
+from sparsight.media.chat import ChatEncoder
 from sparsight.media.images import decode
-from sparsight.records import Quarantined, Sample, SparseTargets, TeacherSignal, Turn, hash_response
+from sparsight.records import Quarantined, Sample, SparseTargets, TeacherSignal, Turn, VisualSignal, hash_response
 from sparsight.teacher.protocol import SignalSettings
 from sparsight.teacher.targets import cut, tail_uniforms, targets_of_hidden
+from sparsight.teacher.visual import TeacherForward, VisualTeacher
 
 Item = TypeVar("Item")
 
@@ -59,6 +62,12 @@ class TeacherModel(Protocol):
     @property
     def vocabulary(self) -> int: ...
 
+    @property
+    def chat(self) -> ChatEncoder: ...
+
+    @property
+    def head_VD(self) -> torch.Tensor: ...
+
     def look(self, rows: Sequence[OpenSample]) -> list[Any]:
         """What the model keeps of each row's pictures, to answer and encode with."""
         ...
@@ -71,8 +80,8 @@ class TeacherModel(Protocol):
         """Ids of a row whose answers are all present. Raises `DataError` if they cannot be made."""
         ...
 
-    def response_hidden(self, rows: Sequence[EncodedSample]) -> torch.Tensor:
-        """Hidden states [n, D] that predict the response tokens of all rows, in order, in one forward pass."""
+    def forward(self, rows: Sequence[EncodedSample], attention: bool = False) -> TeacherForward:
+        """One forward pass over the rows, right-padded."""
         ...
 
     def head(self, hidden_nD: torch.Tensor) -> torch.Tensor:
@@ -94,6 +103,7 @@ def label_samples(
         else:
             rows.append(opened)
     size = settings.label.batch_samples
+    visual = VisualTeacher(model.head_VD, model.chat.visual_id, settings)
     encoded: list[EncodedSample] = []
     for batch in batches(rows, size, text_size):
         seen = model.look(batch)
@@ -104,7 +114,7 @@ def label_samples(
             else:
                 encoded.append(sequence)
     for batch in batches(encoded, size, lambda row: len(row.input_ids)):
-        for row, signal in zip(batch, _signals(model, settings, batch, samples), strict=True):
+        for row, signal in zip(batch, _signals(model, settings, visual, batch, samples), strict=True):
             results[row.place] = signal
     assert all(result is not None for result in results)
     return [result for result in results if result is not None]
@@ -149,7 +159,20 @@ def _join(sample: Sample, parts: Sequence[TeacherSignal | Quarantined]) -> Teach
             tail_logprobs_nS=np.concatenate([target.tail_logprobs_nS for target in targets]),
         ),
         response_hash=hash_response(response_ids_n),
+        visual=_join_visual([signal.visual for signal in signals]),
     )
+
+
+def _join_visual(parts: Sequence[VisualSignal | None]) -> VisualSignal | None:
+    """What questions about one picture say of it: the same, but for attention, which is a mean over all their text."""
+    found = [part for part in parts if part is not None]
+    if not found or found[0].attention_LN is None:
+        return parts[0]
+    weights = np.array([part.text_positions for part in found], np.float32) / max(
+        1, sum(part.text_positions for part in found)
+    )
+    attention = [part.attention_LN for part in found if part.attention_LN is not None]
+    return replace(found[0], attention_LN=np.einsum("p,pln->ln", weights, np.stack(attention)))
 
 
 def questions_apart(row: OpenSample) -> list[OpenSample]:
@@ -161,8 +184,8 @@ def questions_apart(row: OpenSample) -> list[OpenSample]:
 
 def open_sample(place: int, sample: Sample, max_bytes: int, max_pixels: int) -> OpenSample | Quarantined:
     """The sample with its pictures decoded within limits, or why that cannot be."""
-    if not sample.frames or not sample.turns:
-        return Quarantined(sample.id, sample.source, "the sample has no picture or no question")
+    if not sample.turns:
+        return Quarantined(sample.id, sample.source, "the sample has no question")
     try:
         pictures = tuple(decode(frame, max_bytes, max_pixels) for frame in sample.frames)
     except DataError as error:
@@ -200,11 +223,23 @@ def _encode(model: TeacherModel, row: OpenSample, seen: Any) -> EncodedSample | 
     return encoded
 
 
+def response_hidden(forward: TeacherForward, rows: Sequence[EncodedSample]) -> torch.Tensor:
+    """The hidden states [n, D] that predict the response tokens of all rows, in order."""
+    width = forward.hidden_BTD.shape[1]
+    before_n = np.concatenate([index * width + row.response_positions_n - 1 for index, row in enumerate(rows)])
+    return forward.hidden_BTD.flatten(0, 1)[torch.from_numpy(before_n).to(forward.hidden_BTD.device)]
+
+
 def _signals(
-    model: TeacherModel, settings: SignalSettings, batch: Sequence[EncodedSample], samples: Sequence[Sample]
+    model: TeacherModel,
+    settings: SignalSettings,
+    visual: VisualTeacher,
+    batch: Sequence[EncodedSample],
+    samples: Sequence[Sample],
 ) -> Iterator[TeacherSignal]:
-    """One forward pass; then each row's share of the targets."""
-    hidden_nD = model.response_hidden(batch)
+    """One forward pass; then each row's share of the targets, and what is said of its picture."""
+    forward = model.forward(batch, settings.visual.attention)
+    hidden_nD = response_hidden(forward, batch)
     ids = [np.asarray(row.input_ids, dtype=np.int32)[row.response_positions_n] for row in batch]
     tail = settings.label.tail_samples
     uniforms = [
@@ -214,8 +249,9 @@ def _signals(
     targets, label_logprobs_n = targets_of_hidden(
         hidden_nD, model.head, model.vocabulary, np.concatenate(ids), settings.label.head, np.concatenate(uniforms)
     )
+    seen = visual.signals([row.input_ids for row in batch], [samples[row.place] for row in batch], forward)
     start = 0
-    for row, response in zip(batch, ids, strict=True):
+    for row, response, picture in zip(batch, ids, seen, strict=True):
         end = start + len(response)
         sample = samples[row.place]
         yield TeacherSignal(
@@ -228,6 +264,7 @@ def _signals(
             targets=cut(targets, start, end),
             visual_tokens=row.visual_tokens,
             response_hash=hash_response(response),
+            visual=picture,
         )
         start = end
 

@@ -26,9 +26,10 @@ from sparsight.media.chat import ANSWER_MARK, ChatEncoder
 from sparsight.model.sampling import SamplingSettings, TokenChooser
 from sparsight.records import Quarantined, Sample, TeacherSignal, Turn
 from sparsight.teacher.answering import DrawSettings, ScoredAnswers
-from sparsight.teacher.flow import EncodedSample, OpenSample, label_questions_apart
+from sparsight.teacher.flow import EncodedSample, OpenSample, label_questions_apart, response_hidden
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 from sparsight.teacher.targets import CHUNK_ELEMENTS
+from sparsight.teacher.visual import TeacherForward
 
 _TOLERANCE = 1e-2
 
@@ -69,7 +70,8 @@ def visual_token_of(config: Any, tokenizer: Any) -> str:
 
 @dataclass(frozen=True)
 class View:
-    """A row as the processor sees it: ids up to the first answer, the later pieces of text, and the picture tensors.
+    """A row as the processor sees it: ids up to the first answer, the later pieces of text, and the picture tensors,
+    none for text alone.
 
     `extras` are further inputs with one value a token (such as token types); they are 0 for text that follows.
     """
@@ -187,7 +189,7 @@ class ImageTextModel:
         ]
         encoded = [self.encode(row, view) for row, view in given]
         ids = [np.asarray(row.input_ids, dtype=np.int32)[row.response_positions_n] for row in encoded]
-        hidden_nD = self.response_hidden(encoded)
+        hidden_nD = response_hidden(self.forward(encoded), encoded)
         labels_n = torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(hidden_nD.device)
         chunk = max(16, CHUNK_ELEMENTS // self.vocabulary)
         losses = [
@@ -205,13 +207,15 @@ class ImageTextModel:
             for texts, view in zip(answers, seen, strict=True)
         ]
 
-    def response_hidden(self, rows: Sequence[EncodedSample]) -> torch.Tensor:
+    def forward(self, rows: Sequence[EncodedSample], attention: bool = False) -> TeacherForward:
         views: list[View] = [row.inputs for row in rows]
         inputs = self._inputs([row.input_ids for row in rows], views, left=False)
-        hidden_BTD = self._hidden(inputs)
-        width = hidden_BTD.shape[1]
-        before_n = np.concatenate([index * width + row.response_positions_n - 1 for index, row in enumerate(rows)])
-        return hidden_BTD.flatten(0, 1)[torch.from_numpy(before_n).to(hidden_BTD.device)]
+        outputs = self.model.base_model(**inputs, use_cache=False, output_attentions=attention)
+        return TeacherForward(outputs.last_hidden_state, outputs.attentions if attention else ())
+
+    @property
+    def head_VD(self) -> torch.Tensor:
+        return self._head.weight
 
     def head(self, hidden_nD: torch.Tensor) -> torch.Tensor:
         return self._head(hidden_nD)
@@ -225,7 +229,10 @@ class ImageTextModel:
         starts = tokenizer.bos_token is not None and first.startswith(tokenizer.bos_token)
         encoded: dict[str, torch.Tensor] = dict(
             self.processor(
-                text=[first], images=[list(row.pictures)], return_tensors="pt", add_special_tokens=not starts
+                text=[first],
+                images=[list(row.pictures)] if row.pictures else None,
+                return_tensors="pt",
+                add_special_tokens=not starts,
             )
         )
         shape = encoded["input_ids"].shape
@@ -269,19 +276,16 @@ class ImageTextModel:
         return [self.chat.decode(row) for row in written_BT[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _inputs(self, ids: Sequence[list[int]], views: Sequence[View], left: bool) -> dict[str, torch.Tensor]:
-        """Padded ids, mask and further inputs of a batch, on the model's device."""
-        names = views[0].extras
+        """Padded ids, mask and further inputs of a batch, on the model's device; a row may lack what others have."""
         rows = {"input_ids": list(ids), "attention_mask": [[1] * len(row) for row in ids]}
-        for name in names:
-            rows[name] = [
-                view.extras[name] + [0] * (len(row) - len(view.prefix_ids))
-                for row, view in zip(ids, views, strict=True)
-            ]
+        for name in dict.fromkeys(name for view in views for name in view.extras):
+            known = [view.extras.get(name, []) for view in views]
+            rows[name] = [first + [0] * (len(row) - len(first)) for row, first in zip(ids, known, strict=True)]
         inputs = {
             name: _pad(values, self.chat.pad_id if name == "input_ids" else 0, left) for name, values in rows.items()
         }
-        for name in views[0].tensors:
-            inputs[name] = _join([view.tensors[name] for view in views])
+        for name in dict.fromkeys(name for view in views for name in view.tensors):
+            inputs[name] = _join([view.tensors[name] for view in views if name in view.tensors])
             if inputs[name].is_floating_point():
                 inputs[name] = inputs[name].to(self.model.dtype)
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}

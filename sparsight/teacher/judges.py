@@ -33,6 +33,12 @@ They answered: "{answer}"
 How right is the answer? Everything it says must be in the picture, and it must answer the question. \
 Reply with one number from 1 (wrong or made up) to 10 (right and complete), and nothing else."""
 
+TEXT_RATING_PROMPT = """\
+Someone was asked: "{question}"
+They answered: "{answer}"
+How right is the answer? Everything it says must be true, and it must answer the question. \
+Reply with one number from 1 (wrong or made up) to 10 (right and complete), and nothing else."""
+
 _NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
 _OUT_OF = re.compile(r"\s*(?:/|out of)\s*10(?:\.0+)?(?![\d.,]\d|\d)", re.IGNORECASE)
 
@@ -146,7 +152,8 @@ class ModelJudge:
 
 def rating_row(row: OpenSample, answer: str) -> OpenSample:
     """The row with the question how right an answer is."""
-    prompt = RATING_PROMPT.format(question=row.sample.turns[0].question, answer=answer)
+    template = RATING_PROMPT if row.sample.frames else TEXT_RATING_PROMPT
+    prompt = template.format(question=row.sample.turns[0].question, answer=answer)
     return replace(row, sample=replace(row.sample, turns=(Turn(prompt, None),)))
 
 

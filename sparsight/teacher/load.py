@@ -69,11 +69,11 @@ def load_teacher(
 ) -> Teacher:
     """Load the teacher's weights. Raises `CheckpointError` if they do not fit."""
     directory = source.directory()
+    attention = "eager" if settings.visual.attention else source.attention  # others do not return their weights
     if source.kind == "tiny":
         dtype = torch.float32 if source.dtype == "auto" else getattr(torch, source.dtype)
-        attention = source.attention or "sdpa"
-        return VisionLanguageTeacher.load(directory, identity, settings, dtype, attention, device)
-    return HfTeacher.load(directory, identity, settings, source.dtype, source.attention, device)
+        return VisionLanguageTeacher.load(directory, identity, settings, dtype, attention or "sdpa", device)
+    return HfTeacher.load(directory, identity, settings, source.dtype, attention, device)
 
 
 def load_answer_model(source: TeacherSource, device: str = "cpu") -> AnswerModel:

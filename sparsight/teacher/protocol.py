@@ -15,6 +15,7 @@ from sparsight.config import LabelConfig
 from sparsight.errors import CheckpointError
 from sparsight.records import Quarantined, Sample, TeacherSignal
 from sparsight.sources import MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS
+from sparsight.stages import VisualAsk
 
 _MODEL_FILES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"})
 _READ_BYTES = 1 << 22
@@ -29,11 +30,19 @@ class SignalSettings:
     """Start of every sample's own random stream for the tail draws."""
     max_picture_bytes: int = MAX_PICTURE_BYTES
     max_picture_pixels: int = MAX_PICTURE_PIXELS
+    visual: VisualAsk = field(default_factory=VisualAsk)
+    """What is wanted about pictures."""
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Exact and drawn tokens a position."""
+        return self.label.head, self.label.tail_samples
 
     @property
     def content(self) -> dict[str, int]:
         """The settings that change what a row says; batch and file sizes do not."""
-        return {
+        asked = {f"visual_{name}": 1 for name, wanted in self.visual._asdict().items() if wanted}
+        return asked | {
             "head": self.label.head,
             "tail_samples": self.label.tail_samples,
             "max_answer_tokens": self.label.max_answer_tokens,

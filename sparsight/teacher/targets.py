@@ -73,7 +73,7 @@ def targets_of_hidden(
     rows = max(1, chunk_elements // vocabulary)
     parts: list[SparseTargets] = []
     labels: list[npt.NDArray[np.float32]] = []
-    for start in range(0, len(labels_n), rows):
+    for start in range(0, max(1, len(labels_n)), rows):  # no positions give empty tables, not none
         chunk = slice(start, start + rows)
         targets, label_logprobs = sparse_targets(head_of(hidden_nD[chunk]), labels_n[chunk], head, uniforms[chunk])
         parts.append(targets)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sparsight.media.chat import ChatEncoder
@@ -22,6 +21,7 @@ from sparsight.records import Quarantined, Sample, TeacherSignal
 from sparsight.teacher.answering import DrawSettings, ScoredAnswers
 from sparsight.teacher.flow import EncodedSample, OpenSample, label_samples, questions_apart
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
+from sparsight.teacher.visual import TeacherForward
 
 
 class VisionLanguageTeacher:
@@ -64,14 +64,17 @@ class OneVisionModel:
         return self.model.chat
 
     def look(self, rows: Sequence[OpenSample]) -> list[torch.Tensor]:
-        """Each row's visual tokens [frames * S + 1, D]; equal pictures go through the tower once."""
-        clips = {row.sample.frames: row.pictures for row in rows}
-        pixels_NCHW = to_pixels([picture for pictures in clips.values() for picture in pictures], self.model.pixels)
-        frames_NSD = self.model.frame_embeds(self.model.features(pixels_NCHW))
+        """Each row's visual tokens [frames * S + 1, D], none [0, D] for text alone; equal pictures go through the tower
+        once."""
+        clips = {row.sample.frames: row.pictures for row in rows if row.pictures}
         newline_1D = self.model.newline_D[None]
-        parts = frames_NSD.split([len(pictures) for pictures in clips.values()])
-        tokens = [torch.cat([part_FSD.flatten(0, 1), newline_1D]) for part_FSD in parts]
-        seen = dict(zip(clips, tokens, strict=True))
+        seen: dict[tuple[bytes, ...], torch.Tensor] = {(): newline_1D[:0]}
+        if clips:
+            pixels_NCHW = to_pixels([picture for clip in clips.values() for picture in clip], self.model.pixels)
+            frames_NSD = self.model.frame_embeds(self.model.features(pixels_NCHW))
+            parts = frames_NSD.split([len(clip) for clip in clips.values()])
+            tokens = [torch.cat([part_FSD.flatten(0, 1), newline_1D]) for part_FSD in parts]
+            seen |= dict(zip(clips, tokens, strict=True))
         return [seen[row.sample.frames] for row in rows]
 
     def answer(
@@ -163,14 +166,16 @@ class OneVisionModel:
         positions_n = chat.response_positions_n
         return EncodedSample(row.place, chat.input_ids, positions_n, lengths, len(seen), seen, chat.starts)
 
-    def response_hidden(self, rows: Sequence[EncodedSample]) -> torch.Tensor:
+    def forward(self, rows: Sequence[EncodedSample], attention: bool = False) -> TeacherForward:
         ids_BT, mask_BT = self.model.pad([row.input_ids for row in rows])
         packing = pack([row.starts for row in rows], ids_BT.shape[1])
-        hidden_BTD = self.model.hidden(ids_BT, mask_BT, torch.cat([row.inputs for row in rows]), packing)
-        before_n = np.concatenate(
-            [index * ids_BT.shape[1] + row.response_positions_n - 1 for index, row in enumerate(rows)]
+        return TeacherForward(
+            *self.model.forward_text(ids_BT, mask_BT, torch.cat([row.inputs for row in rows]), packing, attention)
         )
-        return hidden_BTD.flatten(0, 1)[torch.from_numpy(before_n).to(hidden_BTD.device)]
+
+    @property
+    def head_VD(self) -> torch.Tensor:
+        return self.model.head_VD
 
     def head(self, hidden_nD: torch.Tensor) -> torch.Tensor:
         return hidden_nD @ self.model.head_VD.T

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparsight.config import TermsConfig
 from sparsight.distill.batches import collate
 from sparsight.distill.loop import StageTrainer
 from sparsight.distill.response_objective import ResponseStep
@@ -74,7 +75,8 @@ def test_the_first_response_token_is_predicted_from_the_position_before_it() -> 
 def test_a_head_longer_than_the_teachers_is_cut_for_the_loss() -> None:
     case = trainer()
     known = case.student.head_VD.shape[0] - 40
-    batch = case.batch()
+    taught = case.batch()
+    batch = taught.answers
     assert batch.targets.sparse is not None
     sparse = batch.targets.sparse._replace(
         head_ids_NK=batch.targets.sparse.head_ids_NK.clamp(max=known - 1),
@@ -84,7 +86,9 @@ def test_a_head_longer_than_the_teachers_is_cut_for_the_loss() -> None:
     head = case.student.model.get_output_embeddings().weight
     unknown = [token for token in range(known, known + 40) if token not in set(batch.input_ids_BT.flatten().tolist())]
     assert unknown
+    plain = STAGE.model_copy(update={"terms": TermsConfig(cross_entropy=0.5, forward_kl=1.0)})
     for vocabulary in (None, known):
-        step = ResponseStep(case.student, 0.0, STAGE.tail, vocabulary)
-        (grad_VD,) = torch.autograd.grad(step(replace(batch, targets=targets)).loss, [head])
+        step = ResponseStep(case.student, plain, vocabulary)
+        cut = taught._replace(answers=replace(batch, targets=targets))
+        (grad_VD,) = torch.autograd.grad(step(cut).loss, [head])
         assert (float(grad_VD[unknown].abs().max()) == 0.0) == (vocabulary is not None)

@@ -14,10 +14,12 @@ from sparsight.distill.loop import StageTrainer
 from sparsight.distill.preference import kto_baselines, preference
 from sparsight.stages import PreferenceConfig
 from tests.parity.preference_case import pair_trainer, ratios, stage
+from tests.parity.text_only_case import mixed_trainer, text_alone
 from tests.parity.training_case import trainer, weights
 
 CASES: dict[str, Callable[[], StageTrainer]] = {
     "answers": trainer,
+    "answers, some without pictures": mixed_trainer,
     "pairs, teacher as reference": lambda: pair_trainer(stage("kto_pair", "teacher")),
     "pairs, student as reference": lambda: pair_trainer(stage("kto_pair", "student")),
 }
@@ -90,6 +92,13 @@ def test_workers_together_take_the_steps_of_one(
     for ours, theirs in zip(together[0]["metrics"], alone["metrics"], strict=True):
         expected = {name: figure for name, figure in theirs.items() if name != "tokens_per_s"}
         assert {name: ours[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_a_worker_without_pictures_is_among_the_cases() -> None:
+    """Beside one with a picture, in either order or both without: one row a worker and step."""
+    case = mixed_trainer()
+    shares = {tuple(text_alone(case, case.order.batch(step))) for step in range(case.total_steps)}
+    assert {(False, True), (True, True), (False, False)} <= shares
 
 
 def test_the_baselines_of_kto_are_of_the_whole_batch(together: list[dict[str, Any]]) -> None:

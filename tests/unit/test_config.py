@@ -80,7 +80,7 @@ def test_overrides_reach_groups_and_lists(path: Path) -> None:
         ("=1", "must look like a.b=value"),
         ("label.head=[1", "the value is not valid YAML"),
         ("distill.students.0.stages.0.epochs=1", "give exactly one of epochs and steps"),
-        ("distill.students.0.stages.0.terms={balance: 1.0}", "needs a cross_entropy, a forward_kl or a"),
+        ("distill.students.0.stages.0.terms={balance: 1.0}", "needs a term to learn from"),
         ("pairs={student_candidates: 1, teacher_candidates: 0}", "pairs: .*a pair needs two candidates"),
         ("pairs={judge_path: somewhere}", "pairs: .*judge_path is for the judge 'model', not for 'truth'"),
         ("pairs.samples=kept", "no source keeps pictures for pairs: set its pair_pictures"),

@@ -1,5 +1,6 @@
 """Rows: what goes in comes out, through Parquet, and the hashes tell things apart."""
 
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -69,6 +70,17 @@ def test_content_hash_sees_bytes_and_borders() -> None:
     assert hash_frames([b"ab", b"c"]) != hash_frames([b"a", b"bc"])
     assert hash_frames([b"ab", b"c"]) != hash_frames([b"c", b"ab"])
     assert hash_frames([b"ab"]) == hash_frames([b"ab"])
+
+
+def test_text_alone_is_known_by_its_first_question() -> None:
+    """Two texts are two contents, and a text stays the same one without its answers and its later turns."""
+    text = replace(sample("yes", "no"), frames=(), frame_times_s=())
+    assert Sample.from_row(through_parquet(text.to_row(), SAMPLE_SCHEMA)) == text
+    assert text.to_row()["conversation"][0]["value"] == "question 0?"
+    other = replace(text, turns=(Turn("another?", "yes"), *text.turns[1:]))
+    assert len({text.content_hash, other.content_hash, sample("yes", "no").content_hash}) == 3
+    same = (text.without_answers(), replace(text, turns=text.turns[:1]), replace(text, id="other"))
+    assert {one.content_hash for one in same} == {text.content_hash}
 
 
 def targets(positions: int, head: int, tail: int) -> SparseTargets:

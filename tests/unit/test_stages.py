@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from sparsight.artifacts import digest
 from sparsight.presets import PRESETS
-from sparsight.stages import StageConfig, StudentRun
+from sparsight.stages import StageConfig, StudentRun, visual_ask
 
 PAIRS: dict[str, Any] = {
     "name": "preference",
@@ -81,6 +81,69 @@ def test_llava_mod_is_the_papers_four_stages() -> None:
     assert (preference.terms.preference, preference.terms.cross_entropy, preference.terms.balance) == (1.0, 0.0, 0.01)
     assert preference.preference is not None
     assert (preference.preference.loss, preference.preference.reference) == ("kto_pair", "teacher")
+
+
+WHOLE_LOSS = {"cross_entropy": 1.0, "forward_kl": 1.0, "visual_kl": 1.0, "relation": 0.5}
+
+
+def weights_of(stage: StageConfig) -> dict[str, float]:
+    return {name: weight for name, weight in stage.terms.model_dump().items() if weight}
+
+
+def test_llava_kd_is_the_papers_three_stages() -> None:
+    dpt, sft, dft = StudentRun.model_validate({"name": "student", "preset": "llava_kd"}).stages
+    assert [stage.name for stage in (dpt, sft, dft)] == ["dpt", "sft", "dft"]
+    assert [stage.learning_rate for stage in (dpt, sft, dft)] == [1e-3, 2e-5, 2e-5]
+    assert [stage.batch_samples for stage in (dpt, sft, dft)] == [256, 128, 128]
+    assert {stage.epochs for stage in (dpt, sft, dft)} == {1.0}
+    assert dpt.trainable == ["projector"]
+    assert set(sft.trainable) == set(dft.trainable) == {"projector", "text"}
+    assert weights_of(dpt) == weights_of(dft) == WHOLE_LOSS
+    assert weights_of(sft) == {"cross_entropy": 1.0}
+    assert {(stage.teacher, stage.relation_centred, stage.upcycle) for stage in (dpt, sft, dft)} == {
+        ("stored", False, None)
+    }
+
+
+def test_sparsight_is_llava_mods_student_with_llava_kds_terms() -> None:
+    mod = StudentRun.model_validate({"name": "student", "preset": "llava_mod"}).stages
+    both = StudentRun.model_validate({"name": "student", "preset": "sparsight"}).stages
+    assert [stage.name for stage in both] == ["dpt", "d2d", "d2s", "preference"]
+    assert [stage.trainable for stage in both] == [stage.trainable for stage in mod]
+    assert [stage.upcycle for stage in both] == [stage.upcycle for stage in mod]
+    assert both[3] == mod[3]
+    assert weights_of(both[0]) == WHOLE_LOSS
+    for ours, theirs in zip(both[1:3], mod[1:3], strict=True):
+        assert weights_of(ours) == weights_of(theirs) | {"visual_kl": 1.0, "relation": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({**PAIRS, "terms": {"preference": 1.0, "relation": 0.5}}, "no teacher targets for forward_kl and visual"),
+        ({**MIMIC, "relation_centred": True}, r"relation_centred is a setting of terms\.relation"),
+        ({**MIMIC, "teacher": "live", "terms": {"cross_entropy": 1.0}}, "teacher: live is for terms that compare"),
+        ({**MIMIC, "live_head": 4}, "live_head and live_tail_samples are settings of teacher: live"),
+        ({**MIMIC, "terms": {"balance": 0.1}}, "a stage needs a term to learn from"),
+    ],
+)
+def test_contradicting_settings_of_the_teachers_side_are_named(stage: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        StageConfig.model_validate(stage)
+
+
+def test_stages_without_visual_terms_keep_their_fingerprints() -> None:
+    written = StageConfig.model_validate(MIMIC).model_dump(mode="json")
+    assert not {"teacher", "live_head", "live_tail_samples", "relation_centred"} & written.keys()
+    assert not {"visual_kl", "relation", "attention"} & written["terms"].keys()
+
+
+def test_what_is_asked_about_pictures_is_what_some_stage_compares() -> None:
+    stages = [StageConfig.model_validate({**MIMIC, "terms": {term: 1.0}}) for term in ("forward_kl", "relation")]
+    assert visual_ask(stages[:1]) == (False, False, False)
+    assert visual_ask(stages) == (False, True, False)
+    attention = StageConfig.model_validate({**MIMIC, "terms": {"attention": 1.0, "visual_kl": 1.0}})
+    assert visual_ask([*stages, attention]) == (True, True, True)
 
 
 def test_settings_are_laid_over_the_stages_they_name() -> None:

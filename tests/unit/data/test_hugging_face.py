@@ -111,7 +111,7 @@ def test_unusable_rows_are_quarantined(tmp_path: Path, picture_bytes: Callable[.
         (fine, "what?", "this", None),
         ({"bytes": picture_bytes()[:50], "path": None}, "what?", "this", "broken or cut short"),
         ({"bytes": None, "path": "/etc/passwd"}, "what?", "this", "only a picture's path"),
-        (None, "what?", "this", "holds no picture"),
+        (None, "<image> what?", "this", "the row holds no picture"),
         (fine, None, "this", "no text"),
         (fine, "what?", " ", "answer 0 is empty"),
         (fine, "what?", "that", None),
@@ -131,6 +131,31 @@ def test_unusable_rows_are_quarantined(tmp_path: Path, picture_bytes: Callable[.
         assert str(reason) in row.reason
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pa.array([None, None], pa.binary()),
+        pa.array([None, {"bytes": None, "path": None}], pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        pa.array([[], [None]], pa.list_(pa.binary())),
+    ],
+)
+def test_a_row_without_a_picture_is_text_alone(tmp_path: Path, cells: pa.Array) -> None:
+    pq.write_table(pa.table({"image": cells, "question": ["0?", "1?"], "answer": ["a", "b"]}), tmp_path / "x.parquet")
+    good, bad = read(tmp_path / "x.parquet")
+    assert bad == []
+    assert [(sample.frames, sample.frame_times_s, sample.turns[0].question) for sample in good] == [
+        ((), (), "0?"),
+        ((), (), "1?"),
+    ]
+
+
+def test_a_picture_that_is_no_bytes_is_quarantined(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["a.png"], "question": ["what?"], "answer": ["a"]}), tmp_path / "x.parquet")
+    good, (bad,) = read(tmp_path / "x.parquet")
+    assert good == []
+    assert "is a str, not bytes" in bad.reason
+
+
 def test_unequal_lists_and_several_pictures_are_quarantined(
     tmp_path: Path, picture_bytes: Callable[..., bytes]
 ) -> None:
@@ -145,7 +170,7 @@ def test_unequal_lists_and_several_pictures_are_quarantined(
     good, bad = read(tmp_path / "x.parquet")
     assert good == []
     assert "2 questions and 1 answers" in bad[0].reason
-    assert "2 pictures, one is needed" in bad[1].reason
+    assert "2 pictures, one is the most" in bad[1].reason
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def test_long_conversations_are_cut_in_order(pictures: Path) -> None:
         ("/etc/passwd", "leads out of the picture folder"),
         ("C:\\secret.png", "leads out of the picture folder"),
         ("a\0.png", "cannot be read|missing"),
-        (None, "names no picture"),
+        (None, "shows an <image>, but the row holds no picture"),
+        (7, "must be one file name"),
         (["a.png", "deep/b.jpg"], "must be one file name"),
         ("", "must be one file name"),
     ],
@@ -87,6 +88,22 @@ def test_unusable_pictures_are_quarantined(pictures: Path, image: Any, reason: s
     assert bad[0].source.endswith("train.json")
     with pytest.raises(DataError, match=reason):
         raise DataError(bad[0].reason)
+
+
+def test_a_record_without_a_picture_is_text_alone(pictures: Path) -> None:
+    talk = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this"}]
+    good, bad = read(
+        pictures, [{"conversations": talk}, {"image": None, "conversations": talk * 4, "id": "x"}, record("a.png")]
+    )
+    assert bad == []
+    assert [sample.id for sample in good] == [
+        "llava/train/0",
+        "llava/train/1/x/0",
+        "llava/train/1/x/1",
+        "llava/train/2",
+    ]
+    assert [(len(sample.frames), len(sample.frame_times_s)) for sample in good] == [(0, 0)] * 3 + [(1, 1)]
+    assert good[0].turns == (Turn("what?", "this"),)
 
 
 @pytest.mark.parametrize("row", ["words", 3, None, {"image": "a.png"}, {"image": "a.png", "conversations": [{}]}])

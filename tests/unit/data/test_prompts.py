@@ -14,6 +14,7 @@ from sparsight.storage import LocalStorage
 TURNS = (Turn("what is it?", "a circle", "shape"), Turn("what colour?", None, "colour"))
 INDEPENDENT = Sample("a", (b"one",), TURNS, "scenes", independent=True)
 CONVERSATION = Sample("b", (b"two", b"three"), TURNS, "llava", (0.0, 1.0))
+TEXT = Sample("d", (), TURNS, "llava", ())
 SILENT = Sample("c", (b"four",), (), "llava")
 
 
@@ -23,12 +24,13 @@ def test_only_questions_that_stand_on_their_own_are_asked() -> None:
         Sample("a#1", (b"one",), TURNS[1:], "scenes"),
     ]
     assert apart(CONVERSATION) == [Sample("b#0", (b"two", b"three"), TURNS[:1], "llava", (0.0, 1.0))]
+    assert apart(TEXT) == [Sample("d#0", (), TURNS[:1], "llava", ())]
     assert apart(SILENT) == []
 
 
 def test_tables_and_stores_tell_the_same(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
-    samples = [INDEPENDENT, CONVERSATION, SILENT]
+    samples = [INDEPENDENT, CONVERSATION, SILENT, TEXT]
     write_samples(storage, samples, rows_per_file=2)
     table = prompt_table(pa.Table.from_pylist([sample.to_row() for sample in samples], schema=SAMPLE_SCHEMA))
     prompts = [Sample.from_row(row) for row in table.to_pylist()]

@@ -1,5 +1,6 @@
 """Stored features stand for the pictures they were computed from, and training from either is the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from sparsight.distill.loop import StageTrainer
 from sparsight.distill.pictures import FeaturePictures, PixelPictures, in_groups, write_features
 from sparsight.errors import ConfigError, DataError
 from sparsight.model.vision_language import VisionLanguageModel
-from sparsight.records import Sample
+from sparsight.records import Sample, Turn
 from sparsight.storage import LocalStorage, Storage, open_storage
 from tests.parity.training_case import STAGE, samples, sparse_student, training_rows
 
@@ -34,6 +35,22 @@ def test_features_come_back_in_the_order_asked_for(student: VisionLanguageModel,
     clips, pixels = stored.load(asked), pixels_of(rows, student).load(asked)
     assert clips.frames == pixels.frames == [1, 2, 1]
     torch.testing.assert_close(clips.values, student.features(pixels.values), atol=2e-3, rtol=1e-3)
+
+
+def test_text_alone_has_no_features(student: VisionLanguageModel, storage_uri: str) -> None:
+    """Between pictures, in a file of its own (three clips each), and where nothing else is asked for."""
+    pictured, texts = samples(4), [replace(row, frames=(), frame_times_s=()) for row in samples(4)]
+    texts = [replace(row, turns=(Turn(f"{number}?", "yes"),)) for number, row in enumerate(texts)]
+    rows = [pictured[0], texts[0], pictured[1], *texts[1:], pictured[2], pictured[3]]
+    stored, pixels = store(open_storage(storage_uri), rows, student), pixels_of(rows, student)
+    asked = [rows[index].content_hash for index in (4, 6, 1, 0, 3)]
+    for pictures in (stored, pixels):
+        clips = pictures.load(asked)
+        assert (clips.frames, len(clips.values)) == ([0, 1, 0, 1, 0], 2)
+        nothing = pictures.load(asked[2:3] * 2)
+        assert (nothing.frames, len(nothing.values)) == ([0, 0], 0)
+    seen_NPD = student.features(pixels.load(asked).values)
+    torch.testing.assert_close(stored.load(asked).values, seen_NPD, atol=2e-3, rtol=1e-3)
 
 
 def test_training_from_features_equals_training_from_pixels(tmp_path: Path) -> None:

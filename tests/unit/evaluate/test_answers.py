@@ -1,5 +1,7 @@
 """A batched examination against one question at a time through the unmodified stock model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,37 @@ def test_states_predict_the_reference_answers(
         np.testing.assert_array_equal(examination.response_ids_n[start:end], chat.response_ids_n)
         start = end
     assert start == len(examination.states_nD)
+
+
+def test_text_alone_is_asked_and_read_as_the_stock_model_does(
+    model: VisionLanguageModel, samples: list[Sample]
+) -> None:
+    """In one batch with questions about pictures, and without any."""
+    texts = [replace(sample, frames=(), frame_times_s=()) for sample in samples[:3]]
+    examiner = Examiner(model, batch=7, max_answer_tokens=LIMIT)
+    alone, mixed = examiner.examine(texts), examiner.examine([*samples[3:5], *texts])
+    assert sum(alone.expert_counts[0][PICTURE_TOKENS]) == 0
+    assert mixed.answers[-len(alone.answers) :] == alone.answers
+    np.testing.assert_allclose(mixed.states_nD[-len(alone.states_nD) :], alone.states_nD, atol=2e-5)
+    start = 0
+    for answer, (_, turn) in zip(alone.answers, questions(texts), strict=True):
+        chat = model.chat.encode([turn], 0)
+        prompt = chat.input_ids[: chat.answer_spans[0][0]]
+        ids = model.model.generate(
+            input_ids=torch.tensor([prompt]),
+            max_new_tokens=LIMIT,
+            do_sample=False,
+            suppress_tokens=[model.chat.visual_id],  # nobody can write a picture
+        )
+        assert answer.answer == model.chat.decode(ids[0, len(prompt) :].tolist())
+        with torch.no_grad():
+            logits_TV = model.model(input_ids=torch.tensor([chat.input_ids])).logits[0]
+        end = start + len(chat.response_ids_n)
+        states_nD = torch.from_numpy(alone.states_nD[start:end])
+        torch.testing.assert_close(
+            states_nD @ model.head_VD.T, logits_TV[chat.response_positions_n - 1], atol=2e-5, rtol=0.0
+        )
+        start = end
 
 
 def test_expert_counts_count_every_token_once(

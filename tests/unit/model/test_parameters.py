@@ -3,6 +3,7 @@
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from sparsight.config import UpcycleConfig
 from sparsight.model.parameters import set_trainable
@@ -35,7 +36,7 @@ def parts_of(model: VisionLanguageModel) -> dict[str, set[int]]:
     embeddings = [*stock.get_input_embeddings().parameters(), *stock.get_output_embeddings().parameters()]
     projector = [*stock.model.multi_modal_projector.parameters(), stock.model.image_newline]
     groups = {
-        "tower": list(stock.model.vision_tower.parameters()),
+        "tower": reached_by_features(model),
         "projector": projector,
         "embeddings": embeddings,
         "attention": [*attention, *norms, *text.norm.parameters()],
@@ -45,6 +46,19 @@ def parts_of(model: VisionLanguageModel) -> dict[str, set[int]]:
     found = {name: {id(weight) for weight in weights} for name, weights in groups.items()}
     found["experts"] -= found["routers"]
     found["text"] = found["embeddings"] | found["attention"] | found["experts"] | found["routers"]
+    return found
+
+
+def reached_by_features(model: VisionLanguageModel) -> list[torch.Tensor]:
+    """The tower's weights that its features depend on: those with a gradient."""
+    weights = list(model.model.model.vision_tower.parameters())
+    for weight in weights:
+        weight.requires_grad_(True)
+    side = model.pixels.side
+    features_FPD = model.features(torch.ones(1, 3, side, side), gradient=True)
+    gradients = torch.autograd.grad(features_FPD.square().sum(), weights, allow_unused=True)
+    found = [weight for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
+    assert 0 < len(found) < len(weights)
     return found
 
 
@@ -59,11 +73,21 @@ def test_a_group_is_what_its_name_says(model: VisionLanguageModel, group: Traina
     assert trained(model, [group]) == parts_of(model)[group]
 
 
-def test_the_groups_are_the_whole_model_and_do_not_overlap(model: VisionLanguageModel) -> None:
+def test_the_groups_are_the_whole_model_but_for_what_no_feature_needs_and_do_not_overlap(
+    model: VisionLanguageModel,
+) -> None:
     parts = parts_of(model)
     parts.pop("text")
-    assert sum(len(part) for part in parts.values()) == len({id(weight) for weight in model.model.parameters()})
-    assert set.union(*parts.values()) == {id(weight) for weight in model.model.parameters()}
+    whole = {id(weight): name for name, weight in model.model.named_parameters()}
+    assert sum(map(len, parts.values())) == len(set.union(*parts.values()))
+    left = {name for weight, name in whole.items() if weight not in set.union(*parts.values())}
+    assert left == {name for name in whole.values() if "vision_tower.post_layernorm" in name}
+
+
+def test_a_tower_read_before_its_last_layer_does_not_train_that_layer() -> None:
+    model = dense_model("qwen3", make_tokenizer(["what is in the image?"] * 20, 300))
+    model.model.config.vision_feature_layer = -2
+    assert trained(model, ["tower"]) == {id(weight) for weight in reached_by_features(model)}
 
 
 def test_the_sparse_mimic_set_of_llava_mod(model: VisionLanguageModel) -> None:

@@ -92,6 +92,26 @@ def test_every_row_is_accounted_for(tmp_path: Path, llava: dict[str, Any]) -> No
     ]
 
 
+def test_text_alone_is_dealt_out_one_by_one(tmp_path: Path, llava: dict[str, Any]) -> None:
+    run = str(tmp_path / "run")
+    records = json.loads(Path(llava["path"]).read_text())
+    for number in range(12):
+        talk = [{"from": "human", "value": f"what is {number}?"}, {"from": "gpt", "value": "a number"}]
+        records.append({"conversations": talk})
+    Path(llava["path"]).write_text(json.dumps(records))
+    prepare(config(run, [{**llava, "test_fraction": 0.5}], validation_fraction=0.2, ground_truth_fraction=0.5))
+    sets = {name: samples(run, name) for name in ("teacher", "student", "validation", "test_llava")}
+    for name, rows in sets.items():
+        counts = RunDirectory(run).finished(f"samples/{name}")[1].counts
+        assert counts["pictures"] == len({row.content_hash for row in rows if row.frames})
+    texts = {name: {row.id for row in rows if not row.frames} for name, rows in sets.items()}
+    assert texts["teacher"] == texts["student"]
+    assert all(texts.values())
+    assert sum(len(texts[name]) for name in ("teacher", "validation", "test_llava")) == 12
+    known = {row.has_ground_truth for row in sets["student"] if not row.frames}
+    assert known == {True, False}
+
+
 def test_pictures_stay_on_one_side(tmp_path: Path, llava: dict[str, Any]) -> None:
     run = str(tmp_path / "run")
     prepare(config(run, [{**llava, "test_fraction": 0.25}, SCENES], validation_fraction=0.1, ground_truth_fraction=0.2))

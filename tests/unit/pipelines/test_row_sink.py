@@ -1,5 +1,6 @@
 """Where rows end up, without a cluster: files named by their rows, damaged and stray files, sums that do not add up."""
 
+from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
@@ -113,3 +114,56 @@ def test_refused_rows_are_gathered_in_one_file(tmp_path: Path) -> None:
     found = read_quarantine(LocalStorage(tmp_path))
     assert [(row.id, row.reason) for row in found] == [("0", "early"), ("a", "why a"), ("b", "why b"), ("c", "why c")]
     assert [path.name for path in tmp_path.iterdir()] == ["quarantine.parquet"]
+
+
+def more_about(table: pa.Table) -> pa.Table:
+    return good_rows(table).append_column("more", pa.array([["x"]] * good_rows(table).num_rows))
+
+
+def encode_arrow(table: pa.Table) -> bytes:
+    buffer = BytesIO()
+    with pa.ipc.new_file(buffer, table.schema) as writer:
+        writer.write_table(table)
+    return buffer.getvalue()
+
+
+MORE = RowKind("more-", more_about, encode_arrow, ("tokens",), tokens, suffix=".arrow", half_of=GOOD.prefix)
+
+
+def halves(folder: Path, *rows: list[str]) -> RowStore:
+    """A store found again after each list of rows was written with both halves."""
+    for good in rows:
+        write_rows(results(good, []), str(folder), (MORE, GOOD, BAD))
+    store = RowStore(LocalStorage(folder), (MORE, GOOD, BAD), "test")
+    store.find()
+    return store
+
+
+def test_a_second_half_is_counted_for_itself_and_its_rows_once(tmp_path: Path) -> None:
+    store = halves(tmp_path, ["aa", "b"], ["c"])
+    assert sorted(store.ids) == ["aa", "b", "c"]
+    assert store.tally(MORE) == store.tally(GOOD) == {"tokens": 4}
+    store.check(["aa", "b", "c"])
+
+
+@pytest.mark.parametrize("lost", ["part-*.parquet", "more-*.arrow"])
+@pytest.mark.parametrize("damage", [True, False])
+def test_neither_half_stays_without_the_other(tmp_path: Path, lost: str, damage: bool) -> None:
+    halves(tmp_path, ["aa", "b"])
+    (path,) = tmp_path.glob(lost)
+    if damage:
+        path.write_bytes(b"nothing")
+    else:
+        path.unlink()
+    store = halves(tmp_path)
+    assert store.ids == []
+    assert list(tmp_path.iterdir()) == []
+    store = halves(tmp_path, ["aa", "b"])
+    store.check(["aa", "b"])
+
+
+def test_a_half_that_vanished_while_rows_were_made_is_a_fault(tmp_path: Path) -> None:
+    store = halves(tmp_path, ["aa"])
+    del store.parts[next(key for key in store.parts if key.startswith("more-"))]
+    with pytest.raises(ArtifactError, match=r"1 in files of which a half is missing \(such as 'part-"):
+        store.check(["aa"])

@@ -14,7 +14,7 @@ from sparsight.model.sampling import SamplingSettings, stream_seed
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.records import Sample, Turn
 from sparsight.teacher.answering import DrawSettings, check_length
-from sparsight.teacher.flow import OpenSample, open_sample
+from sparsight.teacher.flow import OpenSample, open_sample, response_hidden
 from sparsight.teacher.vision_language import OneVisionModel
 
 HOT = DrawSettings(temperature=8.0, top_p=0.95, max_tokens=6)
@@ -76,7 +76,7 @@ def test_scores_are_sums_over_each_answers_own_tokens(model: OneVisionModel, new
             chat = model.chat.encode([turn], scored.visual_tokens)
             assert ids_n.tolist() == chat.response_ids_n.tolist()
             encoded = model.encode(replace(row, sample=replace(row.sample, turns=(turn,))), model.look([row])[0])
-            logprobs_nV = model.head(model.response_hidden([encoded])).log_softmax(dim=-1)
+            logprobs_nV = model.head(response_hidden(model.forward([encoded]), [encoded])).log_softmax(dim=-1)
             slow = sum(float(logprobs_nV[place, token]) for place, token in enumerate(ids_n))
             assert total == pytest.approx(slow, abs=1e-4)
             assert mean == pytest.approx(slow / len(ids_n), abs=1e-4)

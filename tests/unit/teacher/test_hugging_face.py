@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -99,18 +100,23 @@ def messages_of(turns: tuple[Turn, ...], frames: int = 1) -> list[dict[str, Any]
     return messages
 
 
-@pytest.mark.parametrize("frames", [1, 2])
+def pictures_of(sample: Sample) -> list[list[Image.Image]] | None:
+    """As a processor takes them."""
+    return [[decode(frame) for frame in sample.frames]] if sample.frames else None
+
+
+@pytest.mark.parametrize("clips", [[1], [2], [0], [0, 2, 1]])
 def test_signals_are_those_of_the_stock_forward(
-    teacher: Teacher, stock: tuple[Any, Any], new_sample: Callable[..., Sample], frames: int
+    teacher: Teacher, stock: tuple[Any, Any], new_sample: Callable[..., Sample], clips: list[int]
 ) -> None:
     """The whole conversation through the processor and model at once gives the same ids and log-probabilities."""
     model, processor = stock
-    samples = [new_sample(number, turns=1 + number % 3, frames=frames) for number in range(5)]
+    samples = [new_sample(row, turns=1 + row % 2, frames=clips[row // 2 % len(clips)]) for row in range(7)]
     for sample, signal in zip(samples, teacher.label(samples), strict=True):
         assert isinstance(signal, TeacherSignal)
+        frames = len(sample.frames)
         text = processor.apply_chat_template(messages_of(sample.turns, frames), tokenize=False)
-        pictures = [decode(frame) for frame in sample.frames]
-        inputs = processor(text=[text], images=[pictures], return_tensors="pt")
+        inputs = processor(text=[text], images=pictures_of(sample), return_tensors="pt")
         with torch.inference_mode():
             logprobs_TV = model(**inputs).logits[0].log_softmax(dim=-1).numpy()
         ids = inputs["input_ids"][0].tolist()
@@ -138,16 +144,16 @@ def test_withheld_answers_are_generated_in_turn(
     teacher: Teacher, stock: tuple[Any, Any], new_sample: Callable[..., Sample]
 ) -> None:
     model, processor = stock
-    samples = [new_sample(number, turns=1 + number % 3, answered=False) for number in range(4)]
+    samples = [new_sample(number, 1 + number % 3, answered=False, frames=int(number < 3)) for number in range(6)]
     for sample, signal in zip(samples, teacher.label(samples), strict=True):
         assert isinstance(signal, TeacherSignal)
         assert all(signal.answered_by_teacher)
         done: tuple[Turn, ...] = ()
         ends = np.cumsum(signal.answer_lengths)
         for turn, start, end in zip(sample.turns, ends - signal.answer_lengths, ends, strict=True):
-            asked = messages_of((*done, turn))
+            asked = messages_of((*done, turn), len(sample.frames))
             text = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            inputs = processor(text=[text], images=[[decode(sample.frames[0])]], return_tensors="pt")
+            inputs = processor(text=[text], images=pictures_of(sample), return_tensors="pt")
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
             written = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
             ours = processor.tokenizer.decode(signal.response_ids_n[start:end], skip_special_tokens=True).strip()

@@ -14,7 +14,7 @@ from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.records import Sample, Turn
 from sparsight.teacher.answering import DrawSettings, ScoredAnswers
 from sparsight.teacher.flow import OpenSample, open_sample
-from sparsight.teacher.judges import Asked, Judge, LikelihoodJudge, ModelJudge, TruthJudge, read_rating
+from sparsight.teacher.judges import Asked, Judge, LikelihoodJudge, ModelJudge, TruthJudge, rating_row, read_rating
 from sparsight.teacher.vision_language import OneVisionModel
 
 CAPTION = Turn("list the shapes.", "red circle, blue rectangle, red circle, teal triangle", "caption")
@@ -93,6 +93,14 @@ def test_likelihood_is_the_teachers_log_prob_a_token(
     for answer, score in zip(answers, scores, strict=True):
         (alone,) = model.score([row], [seen], [[answer]])
         assert score == pytest.approx(alone.logprobs[0] / len(alone.ids[0]), abs=1e-5)
+
+
+def test_a_rating_speaks_of_a_picture_where_there_is_one() -> None:
+    row = asked(Turn("how many?", "two"), []).row
+    text = replace(row, sample=replace(row.sample, frames=(), frame_times_s=()))
+    prompts = [rating_row(one, "three").sample.turns[0].question for one in (row, text)]
+    assert ["picture" in prompt for prompt in prompts] == [True, False]
+    assert all('"how many?"' in prompt and '"three"' in prompt for prompt in prompts)
 
 
 @pytest.mark.parametrize(

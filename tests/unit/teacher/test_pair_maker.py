@@ -54,19 +54,19 @@ def pairs_of(outcomes: Sequence[object]) -> list[PreferencePair]:
 
 def live_logprob(model: VisionLanguageModel, sample: Sample, answer: str) -> float:
     """An answer's summed log-prob in the stock model's own forward pass, alone."""
-    chat = model.chat.encode([Turn(sample.turns[0].question, answer)], model.visual_tokens())
-    pixels = to_pixels([decode(sample.frames[0])], model.pixels)[None]
+    chat = model.chat.encode([Turn(sample.turns[0].question, answer)], model.visual_tokens(len(sample.frames)))
+    shown = {"pixel_values_videos": to_pixels([decode(frame) for frame in sample.frames], model.pixels)[None]}
     with torch.inference_mode():
-        logits_TV = model.model(input_ids=torch.tensor([chat.input_ids]), pixel_values_videos=pixels).logits[0]
+        logits_TV = model.model(input_ids=torch.tensor([chat.input_ids]), **(shown if sample.frames else {})).logits[0]
     logprobs_TV = logits_TV.double().log_softmax(dim=-1)
     return sum(float(logprobs_TV[at - 1, chat.input_ids[at]]) for at in chat.response_positions_n)
 
 
 def test_stored_log_probs_are_those_of_the_live_teacher(models: PairModels, new_sample: Callable[..., Sample]) -> None:
-    samples = [new_sample(number, turns=1) for number in range(8)]
+    samples = [new_sample(number, turns=1, frames=int(number < 6)) for number in range(10)]  # some are text alone
     teacher = VisionLanguageModel.load(models.teacher.uri)
     pairs = pairs_of(maker(models).make(samples))
-    assert len(pairs) > 4
+    assert len(pairs) > 6
     by_id = {sample.id: sample for sample in samples}
     for pair in pairs:
         sample = by_id[pair.id]
@@ -75,7 +75,7 @@ def test_stored_log_probs_are_those_of_the_live_teacher(models: PairModels, new_
         turns = [Turn(pair.question, text) for text in (pair.chosen, pair.rejected)]
         ids = [teacher.chat.encode([turn], pair.visual_tokens).response_ids_n for turn in turns]
         assert pair.answers_hash == hash_answers(ids)
-        assert pair.visual_tokens == teacher.visual_tokens()
+        assert pair.visual_tokens == teacher.visual_tokens(len(sample.frames))
         assert (pair.content_hash, pair.source) == (sample.content_hash, sample.source)
         assert (pair.question, pair.answer_type) == (sample.turns[0].question, sample.turns[0].answer_type)
 

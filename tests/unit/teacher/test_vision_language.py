@@ -14,6 +14,7 @@ from sparsight.media.images import decode
 from sparsight.media.pixels import to_pixels
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.records import Quarantined, Sample, TeacherSignal, Turn
+from sparsight.stages import VisualAsk
 from sparsight.teacher.load import TeacherSource, identify, load_teacher
 from sparsight.teacher.protocol import SignalSettings, Teacher
 
@@ -39,13 +40,20 @@ def stock_logprobs(model: VisionLanguageModel, sample: Sample) -> tuple[torch.Te
     """Full log-probs [T, V], ids and visual tokens of an answered sample through the stock model's own forward."""
     visual = model.visual_tokens(len(sample.frames))
     chat = model.chat.encode(sample.turns, visual)
-    pixels = to_pixels([decode(frame) for frame in sample.frames], model.pixels)[None]
     with torch.inference_mode():
-        logits = model.model(input_ids=torch.tensor([chat.input_ids]), pixel_values_videos=pixels).logits[0]
+        logits = model.model(input_ids=torch.tensor([chat.input_ids]), **shown(model, sample)).logits[0]
     return logits.log_softmax(dim=-1), chat.response_positions_n.tolist(), visual
 
 
-@pytest.mark.parametrize("frames", [1, 3])
+def shown(model: VisionLanguageModel, sample: Sample) -> dict[str, torch.Tensor]:
+    """The picture inputs of the stock forward, none for text alone."""
+    if not sample.frames:
+        return {}
+    pixels_FCHW = to_pixels([decode(frame) for frame in sample.frames], model.pixels)
+    return {"pixel_values_videos": pixels_FCHW[None]}
+
+
+@pytest.mark.parametrize("frames", [0, 1, 3])
 def test_signals_are_those_of_the_stock_forward(
     teacher: Teacher, model: VisionLanguageModel, new_sample: Callable[..., Sample], frames: int
 ) -> None:
@@ -70,7 +78,7 @@ def test_withheld_answers_are_the_greedy_ones_given_those_before(
     teacher: Teacher, model: VisionLanguageModel, new_sample: Callable[..., Sample]
 ) -> None:
     """Each written answer is found again one token at a time from the whole text before it."""
-    samples = [new_sample(number, turns=1 + number % 3, answered=False) for number in range(4)]
+    samples = [new_sample(number, 1 + number % 3, answered=False, frames=int(number < 3)) for number in range(6)]
     for sample, signal in zip(samples, teacher.label(samples), strict=True):
         assert isinstance(signal, TeacherSignal)
         assert all(signal.answered_by_teacher)
@@ -83,14 +91,14 @@ def test_withheld_answers_are_the_greedy_ones_given_those_before(
 
 
 def greedy(model: VisionLanguageModel, sample: Sample, done: list[Turn], question: str, limit: int) -> str:
-    prompts = model.chat.turn_prompts([*done, Turn(question, None)], model.visual_tokens())
-    answered = model.chat.encode(done, model.visual_tokens()) if done else None
+    visual = model.visual_tokens(len(sample.frames))
+    prompts = model.chat.turn_prompts([*done, Turn(question, None)], visual)
+    answered = model.chat.encode(done, visual) if done else None
     ids = answered.input_ids[: answered.answer_spans[-1][1]] + prompts[-1] if answered is not None else list(prompts[0])
-    pixels = to_pixels([decode(sample.frames[0])], model.pixels)[None]
     written: list[int] = []
     while len(written) < limit and written[-1:] != [model.chat.end_id]:
         with torch.inference_mode():
-            logits = model.model(input_ids=torch.tensor([ids + written]), pixel_values_videos=pixels).logits[0, -1]
+            logits = model.model(input_ids=torch.tensor([ids + written]), **shown(model, sample)).logits[0, -1]
         written.append(int(logits.argmax()))
     return model.chat.decode(written)
 
@@ -110,7 +118,7 @@ def test_a_partly_answered_sample_keeps_what_is_given(teacher: Teacher, new_samp
 
 
 def test_a_row_is_the_same_in_any_company(teacher: Teacher, new_sample: Callable[..., Sample]) -> None:
-    samples = [new_sample(number, turns=1 + number % 4, answered=number % 2 == 0) for number in range(8)]
+    samples = [new_sample(number, 1 + number % 4, number % 2 == 0, frames=number // 2 % 3) for number in range(8)]
     together = teacher.label(samples)
     for sample, row in zip(samples, together, strict=True):
         (alone,) = teacher.label([sample])
@@ -126,11 +134,29 @@ def test_unusable_rows_are_quarantined_in_their_place(teacher: Teacher, new_samp
     good = new_sample(0, turns=1)
     broken = replace(new_sample(1, turns=1), frames=(good.frames[0][:40],))
     endless = replace(new_sample(2, turns=1), turns=(Turn("why " * 9000, "because"),))
-    results = teacher.label([broken, good, endless])
-    assert [type(result) for result in results] == [Quarantined, TeacherSignal, Quarantined]
-    assert [result.id for result in results] == ["row-0001", "row-0000", "row-0002"]
+    silent = new_sample(3, turns=0, frames=0)
+    results = teacher.label([broken, good, endless, silent])
+    assert [type(result) for result in results] == [Quarantined, TeacherSignal, Quarantined, Quarantined]
+    assert [result.id for result in results] == ["row-0001", "row-0000", "row-0002", "row-0003"]
     assert isinstance(results[2], Quarantined)
     assert "8192" in results[2].reason
+
+
+def test_nothing_is_said_of_a_picture_that_is_not_there(
+    source: TeacherSource, new_sample: Callable[..., Sample]
+) -> None:
+    """In a batch of text alone, and beside a picture."""
+    teacher = load_teacher(source, identify(source), replace(SETTINGS, visual=VisualAsk(True, True, True)))
+    for others in ([], [new_sample(9, turns=1)]):
+        for signal in teacher.label([new_sample(number, turns=1, frames=0) for number in range(2)] + others)[:2]:
+            assert isinstance(signal, TeacherSignal)
+            assert signal.visual is not None
+            assert signal.visual.targets is not None
+            assert signal.visual.relation is not None
+            assert signal.visual.attention_LN is not None
+            assert (len(signal.visual.targets), signal.visual.text_positions) == (0, 0)
+            assert signal.visual.relation.to_matrix().shape == (0, 0)
+            assert signal.visual.attention_LN.shape == (2, 0)
 
 
 def test_nothing_in_nothing_out(teacher: Teacher) -> None:
