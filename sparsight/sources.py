@@ -43,6 +43,9 @@ class ScenesSource(Slice):
     it, as their writers knew of it. Other questions and answers know only what shows, and so do held-out pictures'."""
     pair_pictures: int = Field(default=0, ge=0, exclude_if=lambda value: not value)
     """Further pictures for preference pairs (`pairs.samples: kept`), which no other stage sees; they hide nothing."""
+    existence_questions: int = Field(default=1, ge=1, exclude_if=lambda value: value == 1)
+    """How often each scene is asked for a shape that is there, and as often for one that is not; of equal questions one
+    stays."""
     size_pixels: int = 64
     """Side of the square pictures."""
 

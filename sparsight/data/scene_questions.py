@@ -63,17 +63,19 @@ def scene_samples(
 ) -> Iterator[Sample]:
     """The scenes of a split (see `drawn_scenes`) with their questions as samples. Same arguments, same bytes."""
     for number, (scene, picture, random) in enumerate(drawn_scenes(source, split, seed, exclude)):
-        turns = ask(scene, random)
+        turns = ask(scene, random, source.existence_questions)
         if split == "train" and random.random() < source.hidden:
             turns = _with_hidden(turns, scene, random)
         for part, piece in enumerate(pieces(turns, turns_per_sample)):
             yield Sample(f"scenes/{split}/{number}/{part}", (picture,), piece, "scenes", independent=True)
 
 
-def ask(scene: Scene, random: Random) -> tuple[Turn, ...]:
-    """Up to 8 turns about a scene in random order: one existing and one absent pair, and one or two of each other
-    kind that has a clear answer."""
-    turns = [_existence(scene, random, True), _existence(scene, random, False), _count(scene, random)]
+def ask(scene: Scene, random: Random, existence: int = 1) -> tuple[Turn, ...]:
+    """Turns about a scene in random order: up to `existence` existing and as many absent pairs, and one or two of each
+    other kind that has a clear answer."""
+    pairs = [_existence(scene, random, present) for _ in range(existence) for present in (True, False)]
+    turns = list({turn.question: turn for turn in pairs}.values())
+    turns.append(_count(scene, random))
     turns += _colour(scene, random) + _shape(scene, random) + _relations(scene, random) + _caption(scene)
     random.shuffle(turns)
     return tuple(turns)

@@ -187,3 +187,15 @@ def test_conversations_are_bounded_and_complete(most: int) -> None:
 def test_pictures_pass_the_safe_decoder() -> None:
     for sample in scene_samples(SOURCE, "train", 0, 8):
         assert decode(sample.frames[0]).size == (64, 64)
+
+
+def test_scenes_may_be_asked_more_often_what_is_there() -> None:
+    kinds: Counter[tuple[str, str | None]] = Counter()
+    for index, scene in enumerate(SCENES):
+        turns = ask(scene, Random(f"more {index}"), existence=3)
+        assert len({turn.question for turn in turns}) == len(turns)
+        assert all(turn.answer == worked_out(scene, turn.question) for turn in turns)
+        kinds.update((turn.answer_type, turn.answer) for turn in turns if turn.answer_type == "existence")
+    yes, no = kinds["existence", "yes"], kinds["existence", "no"]
+    assert 5 * len(SCENES) < yes + no <= 6 * len(SCENES)
+    assert abs(yes - no) < 0.1 * (yes + no)  # the few shapes that are there meet again more often
