@@ -4,7 +4,7 @@ Each stage takes a few steps in a fresh process with the configuration's threads
 built as the pipelines build it, with its real language weights but otherwise untrained, its rows are drawn scenes.
 Hours are of the process's CPU time over its threads, which is near to what an idle machine takes, and a little too low:
 what runs on one thread only counts less than it takes. The wall time of a step stands beside it. Not in the figures:
-starting workers, checkpoints, labelling, evaluation, stages that learn from pairs. Run as
+starting workers, checkpoints, labelling, evaluation, stages that learn from pairs or have terms at pictures. Run as
 `python -m benchmarks.stage_costs --json FILE`.
 """
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.distill_step import RandomFeatures, targets_of, timed_step
+from benchmarks.distill_step import HEAD, TAIL, RandomFeatures, timed_step
 from benchmarks.result import write_result
 from sparsight.config import ArchitectureConfig, RunConfig, ScenesSource, TinyTeacherConfig, load
 from sparsight.data.scene_questions import scene_samples
@@ -32,6 +32,7 @@ from sparsight.model.text_base import make_model
 from sparsight.model.tiny import make_tokenizer
 from sparsight.model.upcycle import upcycle
 from sparsight.model.vision_language import VisionLanguageModel
+from sparsight.records import SparseTargets
 from sparsight.stages import StageConfig
 
 SCENES = 60
@@ -80,7 +81,7 @@ def stages(config: RunConfig) -> Iterator[Measured]:
         groups.insert(0, ("teacher", config.teacher.architecture, config.teacher.stages))
     for name, architecture, listed in groups:
         for index, stage in enumerate(listed):
-            if stage.rows != "pairs":
+            if stage.rows != "pairs" and not stage.terms.visual:
                 yield Measured(f"{name}/{stage.name}", stage, architecture, listed[:index])
 
 
@@ -125,6 +126,16 @@ def rows(config: RunConfig, model: VisionLanguageModel, stage: StageConfig) -> l
         )
         for row in made
     ]  # fmt: skip
+
+
+def targets_of(random: np.random.Generator, n: int, vocabulary: int) -> SparseTargets:
+    """Random targets of n positions."""
+    logits_nV = torch.from_numpy(random.normal(size=(n, vocabulary)) * 4)
+    logprobs_nJ, ids_nJ = logits_nV.log_softmax(dim=-1).topk(HEAD + TAIL)
+    head_nK, tail_nS = logprobs_nJ[:, :HEAD].float().numpy(), logprobs_nJ[:, HEAD:].float().numpy()
+    ids = ids_nJ.int().numpy()
+    mass_n = (1.0 - np.exp(head_nK).sum(axis=1)).clip(min=0.0)
+    return SparseTargets(ids[:, :HEAD], head_nK, mass_n, ids[:, HEAD:], tail_nS)
 
 
 if __name__ == "__main__":

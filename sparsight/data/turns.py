@@ -57,4 +57,6 @@ def _value(message: Any, index: int) -> str:
     value = message.get("value")
     if not isinstance(value, str):
         raise DataError(f"message {index} of the conversation has no text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"message {index} of the conversation holds half a character (a lone surrogate)")
     return value
