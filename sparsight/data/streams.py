@@ -89,11 +89,11 @@ class QuestionedStream:
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> "QuestionedStream":
         questions: list[StreamQuestion] = []
-        for values in row["questions"]:
-            evidence_s = tuple((start_s, end_s) for start_s, end_s in values["evidence_s"])
-            questions.append(
-                StreamQuestion(**{**values, "alphabet": tuple(values["alphabet"]), "evidence_s": evidence_s})
-            )
+        for question in row["questions"]:
+            values: dict[str, Any] = dict(question)
+            values["alphabet"] = tuple(question["alphabet"])
+            values["evidence_s"] = tuple((start_s, end_s) for start_s, end_s in question["evidence_s"])
+            questions.append(StreamQuestion(**values))
         return QuestionedStream(str(row["id"]), str(row["source"]), StreamRecipe(**row["recipe"]), tuple(questions))
 
 

@@ -154,7 +154,7 @@ def _open(
             f"{where} is no video that can be read, or is broken ({_said(error)}): give a whole file in MP4, Matroska, "
             "WebM, AVI or MPEG-TS"
         ) from error
-    stream = container.streams.best("video")
+    stream: Any = container.streams.best("video")
     if stream is None or stream.codec_context is None:
         raise VideoError(f"{where} holds no pictures that can be decoded: give a file with a video stream")
     opened = _Opened(container, stream, where, reader)
