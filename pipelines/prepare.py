@@ -4,6 +4,7 @@ Training rows of all sources are imported once (decoded, checked, quarantined wh
 the run, then dealt out by content hash into `samples/teacher` (all answers), `samples/student` (answers for a share
 of the pictures), `samples/validation` and `samples/test_<source>`. About held-out scenes and COCO pictures,
 `samples/test_pope` and `samples/test_coco` ask what shows hallucination; `samples/kept` are for preference pairs.
+Long streams (`samples/test_streams`, `samples/validation_streams`) are recipes and questions without frames.
 Memory holds one file of samples and the rows' hashes. Plain Python: nothing here needs a cluster. Run as
 `python -m pipelines.prepare --config FILE`.
 """
@@ -11,7 +12,7 @@ Memory holds one file of samples and the rows' hashes. Plain Python: nothing her
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipelines.command import run_command
 from sparsight import layout
@@ -25,6 +26,7 @@ from sparsight.config import (
     LlavaSource,
     RunConfig,
     ScenesSource,
+    StreamsSource,
     TrainingSource,
 )
 from sparsight.data.coco import read_coco
@@ -38,19 +40,31 @@ from sparsight.data.samples import Rows, iter_samples, write_quarantine, write_s
 from sparsight.data.scene_questions import scene_samples
 from sparsight.data.scenes import SCENES_VERSION
 from sparsight.data.split import choose_pictures
+from sparsight.data.stream_questions import clip_samples, long_streams
+from sparsight.data.stream_scenes import STREAM_SCENES_VERSION
+from sparsight.data.streams import STREAMS_VERSION, write_streams
 from sparsight.errors import DataError
 from sparsight.observe import progress, say
 from sparsight.records import SAMPLES_VERSION, Quarantined, Sample
 from sparsight.storage import Storage
 
 KIND = "samples"
+STREAMS_KIND = "streams"
+STREAM_SPLITS: dict[str, Literal["validation", "test"]] = {
+    layout.TEST_STREAMS: "test",
+    layout.VALIDATION_STREAMS: "validation",
+}
+"""The splits of long streams by artefact."""
 SCRATCH = "samples/imported"
+LONG_STREAM_SETTINGS = ("streams", "lengths_s", "frames_per_second", "questions")
 HALLUCINATION_SETS = {"scenes": layout.held_out_samples("pope"), "coco": layout.held_out_samples("coco")}
 """The artefacts of questions that show hallucination, by kind of source."""
 
 
 def name_of_test_set(source: TrainingSource) -> str:
     """The artefact that holds a source's test samples."""
+    if isinstance(source, StreamsSource):
+        return layout.held_out_samples("clips")
     return layout.held_out_samples(source.kind)
 
 
@@ -82,16 +96,20 @@ def prepare(config: RunConfig) -> None:
 
     Raises `DataError` where a source cannot be read, and where no row of it can be used.
     """
-    artifacts = plan_artifacts(config)
-    if all(artifact.finished for artifact in artifacts.values()):
+    artifacts = {name: artifact for name, artifact in plan_artifacts(config).items() if not artifact.finished}
+    if not artifacts:
         say("prepare: nothing to do, all samples are there")
+        return
+    for name in STREAM_SPLITS:
+        if name in artifacts:
+            _write_streams(name, artifacts.pop(name), config)
+    if not artifacts:
         return
     scratch = RunDirectory(config.run_dir).storage.child(SCRATCH)
     imported = import_training_rows(config, scratch)
     deal = deal_pictures(config, imported)
     for name, artifact in artifacts.items():
-        if not artifact.finished:
-            _write(name, artifact, config, scratch, imported, deal)
+        _write(name, artifact, config, scratch, imported, deal)
     scratch.delete("")
 
 
@@ -120,10 +138,15 @@ def plan_artifacts(config: RunConfig) -> dict[str, Artifact]:
     for source in _hallucination_sources(config.data):
         settings = {"source": _trained_on(source), "source_digest": source_digest(source)}
         configs[HALLUCINATION_SETS[source.kind]] = {**shared, "hallucination": hallucination, **settings}
-    return {
+    artifacts = {
         name: run.artifact(name, KIND, SAMPLES_VERSION, {"name": name, **settings}, inputs)
         for name, settings in configs.items()
     }
+    for source in _streaming(config.data):
+        settings = {"seed": config.seed, "source": source, "scenes_version": [SCENES_VERSION, STREAM_SCENES_VERSION]}
+        for name in STREAM_SPLITS:
+            artifacts[name] = run.artifact(name, STREAMS_KIND, STREAMS_VERSION, {"name": name, **settings})
+    return artifacts
 
 
 def question_sets(data: DataConfig) -> list[str]:
@@ -149,17 +172,24 @@ def source_digest(source: DataSource) -> str:
     if isinstance(source, CocoSource):
         captions = [] if source.captions is None else [Path(source.captions)]
         return files_digest(Path(source.annotations), *captions, Path(source.pictures))
+    if isinstance(source, StreamsSource):
+        return digest([_trained_on(source), STREAM_SCENES_VERSION])
     return digest(_trained_on(source))
 
 
 def _trained_on(source: DataSource) -> dict[str, Any]:
-    """A source's settings but for those that the kept pictures alone depend on."""
-    return source.model_dump(mode="json", exclude={"pair_pictures"})
+    """A source's settings but for those that the kept pictures or the long streams alone depend on."""
+    return source.model_dump(mode="json", exclude={"pair_pictures", *LONG_STREAM_SETTINGS})
 
 
 def _keeping(data: DataConfig) -> list[ScenesSource]:
     """The sources that keep pictures for preference pairs."""
     return [source for source in data.sources if isinstance(source, ScenesSource) and source.pair_pictures > 0]
+
+
+def _streaming(data: DataConfig) -> list[StreamsSource]:
+    """The sources that long streams are drawn from."""
+    return [source for source in data.sources if isinstance(source, StreamsSource) and source.streams > 0]
 
 
 def _hallucination_sources(data: DataConfig) -> list[ScenesSource | CocoSource]:
@@ -172,6 +202,8 @@ def _hallucination_sources(data: DataConfig) -> list[ScenesSource | CocoSource]:
 def _has_test(source: TrainingSource) -> bool:
     if isinstance(source, ScenesSource):
         return source.test_pictures > 0
+    if isinstance(source, StreamsSource):
+        return source.test_clips > 0
     return isinstance(source, EasyVqaSource) or source.test_fraction > 0.0
 
 
@@ -181,6 +213,8 @@ def training_rows(source: TrainingSource, data: DataConfig, seed: int) -> Rows:
         return read_easy_vqa(source, "train", data, seed)
     if isinstance(source, ScenesSource):
         return Rows(source.pictures, scene_samples(source, "train", seed, data.turns_per_sample))
+    if isinstance(source, StreamsSource):
+        return Rows(source.clips, clip_samples(source, "train", seed, data.turns_per_sample))
     if isinstance(source, LlavaSource):
         return read_llava(source, data)
     return read_hugging_face(source, data)
@@ -193,6 +227,8 @@ def official_test_rows(source: TrainingSource, data: DataConfig, seed: int, seen
     if isinstance(source, ScenesSource):
         items = scene_samples(source, "test", seed, data.turns_per_sample, exclude=seen)
         return Rows(source.test_pictures, items)
+    if isinstance(source, StreamsSource):
+        return Rows(source.test_clips, clip_samples(source, "test", seed, data.turns_per_sample, exclude=seen))
     return None
 
 
@@ -278,6 +314,17 @@ def _write(name: str, artifact: Artifact, config: RunConfig, scratch: Storage, i
     total = counts["samples"] + len(quarantined)
     artifact.commit({"input": total, "quarantined": len(quarantined), "pictures": len(pictures), **counts})
     say(f"{name}: {counts['questions']} questions, {len(pictures)} pictures, {len(quarantined)} rows quarantined")
+
+
+def _write_streams(name: str, artifact: Artifact, config: RunConfig) -> None:
+    (source,) = _streaming(config.data)
+    streams = list(long_streams(source, STREAM_SPLITS[name], config.seed))
+    artifact.begin()
+    write_streams(artifact.storage, streams)
+    questions = sum(len(stream.questions) for stream in streams)
+    frames = sum(stream.recipe.frames for stream in streams)
+    artifact.commit({"streams": len(streams), "questions": questions, "frames": frames})
+    say(f"{name}: {questions} questions, {len(streams)} streams, {frames} frames to be drawn")
 
 
 def _dealt(scratch: Storage, wanted: Callable[[str], bool]) -> Iterator[Sample]:

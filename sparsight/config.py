@@ -21,6 +21,7 @@ from sparsight.sources import HallucinationConfig as HallucinationConfig
 from sparsight.sources import HuggingFaceSource as HuggingFaceSource
 from sparsight.sources import LlavaSource as LlavaSource
 from sparsight.sources import ScenesSource as ScenesSource
+from sparsight.sources import StreamsSource as StreamsSource
 from sparsight.sources import TrainingSource as TrainingSource
 from sparsight.stages import StageConfig, StudentRun, VisualAsk, visual_ask
 from sparsight.stages import TermsConfig as TermsConfig

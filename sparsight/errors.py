@@ -24,6 +24,10 @@ class PictureError(DataError):
     """A picture refused by the safe decoder: broken, too large, or of a format not allowed."""
 
 
+class VideoError(DataError):
+    """A video refused by the frame source: not to be had, no video, broken, too large, or not allowed."""
+
+
 class StorageError(SparsightError, OSError):
     """A local path or object-store key that cannot be read or written."""
 

@@ -82,6 +82,43 @@ class HuggingFaceSource(Slice):
     """Share of the pictures held out as a test set; whole pictures, by content hash."""
 
 
+class StreamsSource(Slice):
+    """Drawn streams of changing scenes, with timed questions (StreamQA): clips to learn from, streams for testing."""
+
+    kind: Literal["streams"]
+    clips: int = Field(default=1000, ge=1)
+    """Training clips to draw."""
+    test_clips: int = Field(default=100, ge=0)
+    """Held-out clips to draw, from another seed."""
+    clip_frames: int = Field(default=16, ge=2)
+    """Frames of the longest clips; the shortest have half as many."""
+    clip_frames_per_second: float = Field(default=0.25, gt=0.0)
+    """Sampling rate of the clips: lower than that of streams, so that a clip changes as often as retrieved frames."""
+    streams: int = Field(default=0, ge=0)
+    """Long streams of each length to draw for evaluation alone, and as many for choosing its settings."""
+    lengths_s: list[float] = Field(default=[60.0, 600.0, 3600.0], min_length=1)
+    """Lengths of the long streams, in seconds."""
+    questions: int = Field(default=36, ge=1)
+    """Questions of one long stream."""
+    frames_per_second: float = Field(default=0.5, gt=0.0)
+    """Sampling rate of the long streams."""
+    scene_s: tuple[float, float] = (4.0, 12.0)
+    """The shortest and the longest time that a scene is on, in seconds."""
+    size_pixels: int = 64
+    """Side of the square frames."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "StreamsSource":
+        if not 0.0 < self.scene_s[0] <= self.scene_s[1]:
+            raise ValueError(f"scene_s {list(self.scene_s)}: give the shortest time above 0, then the longest")
+        short = [seconds for seconds in self.lengths_s if round(seconds * self.frames_per_second) < 1]
+        if short:
+            raise ValueError(
+                f"lengths_s {short}: a stream of {self.frames_per_second:g} frames a second needs one frame"
+            )
+        return self
+
+
 class CocoSource(Slice):
     """Real pictures with COCO-style annotations, for testing alone: existence questions and descriptions."""
 
@@ -96,7 +133,7 @@ class CocoSource(Slice):
     """What models are asked where a picture is to be described."""
 
 
-TrainingSource = EasyVqaSource | ScenesSource | LlavaSource | HuggingFaceSource
+TrainingSource = EasyVqaSource | ScenesSource | StreamsSource | LlavaSource | HuggingFaceSource
 DataSource = Annotated[TrainingSource | CocoSource, Field(discriminator="kind")]
 
 

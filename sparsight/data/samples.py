@@ -41,7 +41,7 @@ def write_samples(storage: Storage, samples: Iterable[Sample], rows_per_file: in
         if not chunk and part:
             break
         table = pa.Table.from_pylist([sample.to_row() for sample in chunk], schema=SAMPLE_SCHEMA)
-        storage.write_bytes(f"part-{part:05d}.parquet", _parquet(table))
+        storage.write_bytes(f"part-{part:05d}.parquet", parquet_bytes(table))
         written += len(chunk)
         if len(chunk) < rows_per_file:
             break
@@ -59,7 +59,7 @@ def iter_samples(storage: Storage) -> Iterator[Sample]:
     Raises `DataError` where a file is damaged or holds something else than samples of this version.
     """
     for key in sample_files(storage):
-        for row in _read(storage, key, SAMPLE_SCHEMA).to_pylist():
+        for row in read_table(storage, key, SAMPLE_SCHEMA).to_pylist():
             yield Sample.from_row(row)
 
 
@@ -71,16 +71,18 @@ def read_samples(storage: Storage) -> list[Sample]:
 def write_quarantine(storage: Storage, rows: Sequence[Quarantined]) -> None:
     """Write the rows that could not be used, with their reasons."""
     columns = [{"id": row.id, "source": row.source, "reason": row.reason} for row in rows]
-    storage.write_bytes(QUARANTINE, _parquet(pa.Table.from_pylist(columns, schema=QUARANTINE_SCHEMA)))
+    storage.write_bytes(QUARANTINE, parquet_bytes(pa.Table.from_pylist(columns, schema=QUARANTINE_SCHEMA)))
 
 
-def _parquet(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table) -> bytes:
+    """The table as a compressed Parquet file."""
     buffer = BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
 
-def _read(storage: Storage, key: str, schema: pa.Schema) -> pa.Table:
+def read_table(storage: Storage, key: str, schema: pa.Schema) -> pa.Table:
+    """A Parquet file of a schema. Raises `DataError` where it is damaged, or of another schema or version."""
     data = storage.read_bytes(key)
     try:
         table = pq.read_table(BytesIO(data))

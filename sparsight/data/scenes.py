@@ -89,7 +89,7 @@ def random_scene(
     """
     if size_pixels < 32:
         raise ConfigError(f"scenes of {size_pixels} pixels are too small to tell shapes apart: use 32 or more")
-    ground = (random.randint(230, 255), random.randint(230, 255), random.randint(230, 255))
+    ground = _ground(random)
     count = 1 if single_object or max_objects == 1 else random.randint(2, max_objects)
     palette = list(COLOUR_NAMES)
     if count > 1 and random.random() < 0.5:  # few colours: equal ones meet, and absent pairs look plausible
@@ -98,6 +98,21 @@ def random_scene(
         kinds = random.sample([(shape, colour) for shape in SHAPES for colour in palette], count)
     else:
         kinds = [(random.choice(SHAPES), random.choice(palette)) for _ in range(count)]
+    return _laid_out(kinds, size_pixels, ground, random)
+
+
+def scene_of(kinds: Sequence[tuple[str, str]], size_pixels: int, random: Random) -> Scene:
+    """A scene of one object of each (shape, colour), somewhere on some ground. Equal states give equal scenes."""
+    return _laid_out(kinds, size_pixels, _ground(random), random)
+
+
+def _ground(random: Random) -> tuple[int, int, int]:
+    return random.randint(230, 255), random.randint(230, 255), random.randint(230, 255)
+
+
+def _laid_out(
+    kinds: Sequence[tuple[str, str]], size_pixels: int, ground: tuple[int, int, int], random: Random
+) -> Scene:
     boxes = _place([shape for shape, _ in kinds], size_pixels, random)
     objects = tuple(SceneObject(shape, colour, box) for (shape, colour), box in zip(kinds, boxes, strict=True))
     return Scene(size_pixels, ground, objects)

@@ -84,6 +84,8 @@ def test_overrides_reach_groups_and_lists(path: Path) -> None:
         ("pairs={student_candidates: 1, teacher_candidates: 0}", "pairs: .*a pair needs two candidates"),
         ("pairs={judge_path: somewhere}", "pairs: .*judge_path is for the judge 'model', not for 'truth'"),
         ("pairs.samples=kept", "no source keeps pictures for pairs: set its pair_pictures"),
+        ("data.sources.1={kind: streams, scene_s: [5, 2]}", r"scene_s \[5\.0, 2\.0\]: give the shortest time"),
+        ("data.sources.1={kind: streams, lengths_s: [0.5]}", r"lengths_s \[0\.5\]: a stream of 0\.5 frames a second"),
         ("data.sources.1.hidden=1.5", r"scenes\.hidden: .*less than or equal to 1"),
         ("pairs.temperature=0", r"pairs\.temperature: .*greater than 0"),
         ("distill.students.0.stages.0.upcycle={experts: 2, active_experts: 3}", "active_experts 3 is more than"),

@@ -13,6 +13,7 @@ from sparsight.artifacts import RunDirectory
 from sparsight.config import RunConfig
 from sparsight.data.objects import VOCABULARY, ObjectVocabulary
 from sparsight.data.samples import read_samples
+from sparsight.data.streams import QuestionedStream, iter_streams
 from sparsight.errors import DataError
 from sparsight.records import Sample
 from tests.quarantine import read_quarantine
@@ -230,6 +231,52 @@ def test_pictures_kept_for_pairs_are_no_others(tmp_path: Path) -> None:
     assert all(sample.has_ground_truth for sample in samples(kept, "kept"))
     for name in before:
         assert not pictures(kept, "kept") & pictures(kept, name)
+
+
+STREAMED = {"kind": "streams", "clips": 12, "test_clips": 6, "streams": 2, "lengths_s": [30, 60], "questions": 9}
+
+
+def streams(run_dir: str, name: str) -> list[QuestionedStream]:
+    return list(iter_streams(RunDirectory(run_dir).finished(f"samples/{name}", "streams")[0]))
+
+
+def test_clips_are_dealt_like_pictures_and_long_streams_lie_beside_them(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    prepare(config(run, [SCENES, STREAMED], validation_fraction=0.25, ground_truth_fraction=0.5))
+    clips = {
+        name: {row.content_hash: row for row in samples(run, name) if row.source == "streams"}
+        for name in ("teacher", "student", "validation", "test_clips")
+    }
+    assert clips["teacher"].keys() == clips["student"].keys()
+    sets = [set(clips[name]) for name in ("teacher", "validation", "test_clips")]
+    assert sum(len(one) for one in sets) == len(set().union(*sets)) == 18
+    assert len(clips["test_clips"]) == 6
+    assert not all(row.has_ground_truth for row in clips["student"].values())
+    assert all(len(row.frames) >= 8 for row in clips["teacher"].values())
+    tests, validation = streams(run, "test_streams"), streams(run, "validation_streams")
+    assert [stream.recipe.seconds for stream in tests] == [30, 30, 60, 60]
+    assert not {stream.id for stream in tests} & {stream.id for stream in validation}
+    counts = RunDirectory(run).finished("samples/test_streams")[1].counts
+    questions = sum(len(stream.questions) for stream in tests)
+    assert counts == {"streams": 4, "questions": questions, "frames": 90}
+
+
+def test_other_long_streams_remake_no_training_samples(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    prepare(config(run, [STREAMED]))
+    marks = [tmp_path / "run" / "samples" / name / "mark" for name in ("teacher", "test_clips", "test_streams")]
+    for mark in marks:
+        mark.touch()
+    prepare(config(run, [STREAMED | {"lengths_s": [90]}]))
+    assert [mark.exists() for mark in marks] == [True, True, False]
+    prepare(config(run, [STREAMED | {"lengths_s": [90], "scene_s": [4, 8]}]))
+    assert [mark.exists() for mark in marks] == [False, False, False]
+
+
+def test_runs_without_long_streams_write_none(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    prepare(config(run, [STREAMED | {"streams": 0, "test_clips": 0}]))
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["student", "teacher"]
 
 
 def test_sources_for_testing_alone_are_not_enough(coco: dict[str, Any]) -> None:
