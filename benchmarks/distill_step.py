@@ -143,7 +143,7 @@ def prepare(folder: Path) -> Lesson:
     (folder / f"visual-0{SUFFIX}").write_bytes(encode_visual(visual_rows(labelled_table(signals))))
     rows = RowMaker(student.chat, student.visual_tokens, student.head_VD.shape[0]).labelled(samples, signals)
     stored = StoredSide(VisualStore(LocalStorage(folder)))
-    live = LiveSide(labels.label, {one.id: one for one in samples}, student.chat)
+    live = LiveSide(labels.label, {one.id: one for one in samples}, student.chat, student.head_VD.shape[0])
     return Lesson(student, rows, {"dft": stored, "online": live})
 
 

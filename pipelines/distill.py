@@ -139,11 +139,28 @@ class StageData:
         return maker.labelled(samples, [signal for signal in self.signals if signal.id in wanted])
 
     def _check_tail(self, stage: StageConfig) -> None:
-        uses_tail = stage.tail == "sampled" and (stage.terms.forward_kl > 0 or stage.terms.visual_kl > 0)
-        if uses_tail and stage.teacher == "stored" and self.signals_artifact[1].details.get("tail_samples", 0) == 0:
+        if stage.tail != "sampled" or not (stage.terms.forward_kl > 0 or stage.terms.visual_kl > 0):
+            return
+        if stage.teacher == "live":
+            draws = _live_settings(self.config, stage).label.tail_samples
+            remedy = "live_tail_samples above 0"
+        else:
+            draws = int(self.signals_artifact[1].details.get("tail_samples", 0))
+            remedy = "label.tail_samples above 0 and label again"
+        if draws == 0:
             raise ConfigError(
-                f"stage '{stage.name}' uses the sampled tail, but the signals hold none: set its tail to 'bucket', or "
-                "label.tail_samples above 0 and label again"
+                f"stage '{stage.name}' uses the sampled tail, but the teacher's side holds none: set its tail to "
+                f"'bucket', or {remedy}"
+            )
+
+    def check_visual(self, stage: StageConfig) -> None:
+        """Raises `ConfigError` unless the store holds what the stage's terms at pictures need."""
+        held = set(self.signals_artifact[1].details.get("visual", []))
+        missing = [name for name, wanted in visual_ask([stage])._asdict().items() if wanted and name not in held]
+        if missing:
+            raise ConfigError(
+                f"stage '{stage.name}' needs the {' and '.join(missing)} of pictures, which the signals do not hold: "
+                "label again (python -m pipelines.label), or set the stage's teacher: live"
             )
 
     @cached_property
@@ -157,7 +174,8 @@ class StageData:
         if student != self.teacher_tower:
             raise AlignmentError(
                 f"terms about pictures need one tower: the teacher's is {self.teacher_tower}, the student's {student}; "
-                "use student.tower_from_teacher: true, or leave visual_kl, relation and attention out"
+                "use student.tower_from_teacher: true and train the tower in no stage before, or leave visual_kl, "
+                "relation and attention out"
             )
 
     def vocabulary(self, student: VisionLanguageModel) -> int | None:
@@ -254,9 +272,12 @@ def _teaching(data: StageData, stage: StageConfig) -> Teaching:
         return Teaching()
     if stage.teacher == "live":
         settings = _live_settings(data.config, stage)
-        source = teacher_source(data.config, data.run)
+        source = teacher_source(data.config, data.run).asked_about(settings.visual)
         return Teaching(teacher=LiveTeacher(source, identify(source), settings))
-    return Teaching(store=data.signals_artifact[0].uri if stage.terms.visual else None)
+    if not stage.terms.visual:
+        return Teaching()
+    data.check_visual(stage)
+    return Teaching(store=data.signals_artifact[0].uri)
 
 
 def _new_student(config: RunConfig, student: StudentRun) -> StudentConfig:

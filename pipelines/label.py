@@ -8,11 +8,9 @@ comes last, after every input row is accounted for. What a teacher computes is i
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import AutoConfig
 
 from actors.teacher_worker import TeacherWorker
 from pipelines.command import run_command
@@ -29,12 +27,12 @@ from sparsight.model.tower_fingerprint import tower_fingerprint
 from sparsight.observe import say
 from sparsight.records import SIGNALS_VERSION
 from sparsight.storage import Storage
-from sparsight.teacher.load import TeacherSource, identify
+from sparsight.teacher.load import TeacherSource, identify, text_sizes
 from sparsight.teacher.protocol import SignalSettings, TeacherIdentity
 
 KIND = "signals"
-EXAMPLE_TOKENS = 729
-"""Of a picture, where only the model's own processor could tell: those of a SigLIP tower at 384 pixels."""
+EXAMPLE_TOKENS = 197
+"""Of a picture, where only the model could tell: those of a SigLIP tower at 384 pixels, pooled, and a newline."""
 
 
 def _tokens(table: pa.Table) -> Tally:
@@ -61,9 +59,10 @@ def label(config: RunConfig) -> None:
     """
     run = RunDirectory(config.run_dir)
     samples, samples_manifest = run.finished(layout.STUDENT_SAMPLES, "samples")
-    source = teacher_source(config, run)
-    identity = identify(source)
     settings = signal_settings(config)
+    source = teacher_source(config, run).asked_about(settings.visual)
+    identity = identify(source)
+    details = {"tower_fingerprint": tower_fingerprint(source.directory())} if any(settings.visual) else {}
     inputs = {"samples": samples_manifest.fingerprint, "teacher": identity.fingerprint}
     artifact = run.artifact(layout.SIGNALS, KIND, SIGNALS_VERSION, settings.content, inputs)
     if artifact.finished:
@@ -89,7 +88,6 @@ def label(config: RunConfig) -> None:
         rows_per_file=config.label.rows_per_file,
     )
     done = run_job(job, config.resources, store, wanted)
-    details = {} if not any(settings.visual) else {"tower_fingerprint": tower_fingerprint(source.directory())}
     _finish(artifact, store, wanted, identity, settings, done, details)
 
 
@@ -165,7 +163,7 @@ def _finish(
         f"{figures['signal_bytes_per_token']:.1f} bytes a token, {figures['rows_per_s']:.1f} rows/s"
     )
     if VISUAL in store.kinds:
-        say(f"label: {figures['visual_bytes_per_sample']:,.0f} bytes a picture for what is said of it")
+        say(f"label: {figures['visual_bytes_per_sample']:,.0f} bytes a sample for what is said of its picture")
 
 
 def _plan_lines(config: RunConfig) -> list[str]:
@@ -184,9 +182,8 @@ def _plan_lines(config: RunConfig) -> list[str]:
 def _expected_bytes(config: RunConfig, settings: SignalSettings) -> str:
     """What one picture's signals will take in the store, from sizes alone."""
     if isinstance(config.teacher, HuggingFaceTeacherConfig):
-        text: Any = AutoConfig.from_pretrained(TeacherSource.hugging_face(config.teacher).directory()).get_text_config()
-        width, layers, tokens = text.hidden_size, text.num_hidden_layers, EXAMPLE_TOKENS
-        assumed = ", if it takes that many tokens"
+        source = TeacherSource.hugging_face(config.teacher).asked_about(settings.visual)
+        (width, layers), tokens, assumed = text_sizes(source), EXAMPLE_TOKENS, ", if it takes that many tokens"
     else:
         sizes = config.teacher.architecture
         width, layers, assumed = sizes.text_width, sizes.text_layers, ""

@@ -135,7 +135,7 @@ def training_of(config: RunConfig) -> Training:
         shared_tower=tiny
         and config.student.tower_from_teacher
         and not any("tower" in stage.trainable for stage in stages),
-        student_sees_signals=any(stage.rows == "all" and stage.terms.forward_kl > 0.0 for stage in whole),
+        student_sees_signals=any(stage.rows == "all" and stage.terms.of_teacher for stage in whole),
         student_sees_answers=any(stage.rows != "pairs" and stage.terms.cross_entropy > 0.0 for stage in whole),
         sft_is_twin=sft is not None and _architecture(sft) == _architecture(first) and _from_answers_alone(sft),
         sft_takes_as_many_steps=sft is not None and _steps(sft) == _steps(first) is not None,
@@ -147,7 +147,7 @@ def _architecture(student: StudentRun) -> tuple[Any, ...]:
 
 
 def _from_answers_alone(student: StudentRun) -> bool:
-    learns = [stage.rows == "pairs" or stage.terms.forward_kl > 0.0 for stage in student.stages]
+    learns = [stage.rows == "pairs" or stage.terms.of_teacher for stage in student.stages]
     return student.start is None and not any(learns)
 
 

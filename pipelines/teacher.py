@@ -73,7 +73,7 @@ def _check(settings: TinyTeacherConfig) -> None:
             f"teacher.stages: the names {names} must differ, and '{TOWER}' and '{layout.MODEL}' are taken"
         )
     for stage in settings.stages:
-        if stage.terms.forward_kl > 0 or stage.rows == "pairs" or stage.upcycle is not None:
+        if stage.terms.of_teacher or stage.rows == "pairs" or stage.upcycle is not None:
             raise ConfigError(f"teacher stage '{stage.name}': a tiny teacher learns dense, from answers alone")
 
 

@@ -26,7 +26,6 @@ from sparsight.distill.loop import StageTrainer
 from sparsight.distill.pictures import FeaturePictures, Pictures, PixelPictures
 from sparsight.distill.rows import Row
 from sparsight.distill.taught import LiveSide, StoredSide, TeacherSide
-from sparsight.media.chat import ChatEncoder
 from sparsight.media.images import DecodeLimits
 from sparsight.model.parameters import activated_parameters, total_parameters
 from sparsight.model.upcycle import upcycle
@@ -48,10 +47,10 @@ class LiveTeacher(NamedTuple):
     identity: TeacherIdentity
     settings: SignalSettings
 
-    def side(self, rows: Sequence[Row], samples: Storage, chat: ChatEncoder, device: str) -> TeacherSide:
+    def side(self, rows: Sequence[Row], samples: Storage, student: VisionLanguageModel, device: str) -> TeacherSide:
         wanted = {row.id for row in rows}
         asked = {sample.id: sample for sample in iter_samples(samples) if sample.id in wanted}
-        return LiveSide(load_teacher(*self, device).label, asked, chat)
+        return LiveSide(load_teacher(*self, device).label, asked, student.chat, student.head_VD.shape[0])
 
 
 class Teaching(NamedTuple):
@@ -94,7 +93,7 @@ class StageJob:
         pictures = self._pictures(student)
         device = str(get_device()) if self.gpu else "cpu"
         student.model.to(device)
-        side = self._side(student.chat, device)
+        side = self._side(student, device)
         return StageTrainer(student, self.stage, self.rows, pictures, self.seed, self.vocabulary, side)
 
     def _pictures(self, student: VisionLanguageModel) -> Pictures:
@@ -103,9 +102,9 @@ class StageJob:
         samples = iter_samples(open_storage(self.samples))
         return PixelPictures(samples, student.pixels, *self.limits)
 
-    def _side(self, chat: ChatEncoder, device: str) -> TeacherSide:
+    def _side(self, student: VisionLanguageModel, device: str) -> TeacherSide:
         if self.teaching.teacher is not None:
-            return self.teaching.teacher.side(self.rows, open_storage(self.samples), chat, device)
+            return self.teaching.teacher.side(self.rows, open_storage(self.samples), student, device)
         return StoredSide(None if self.teaching.store is None else VisualStore(open_storage(self.teaching.store)))
 
 

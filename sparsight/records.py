@@ -168,14 +168,13 @@ class VisualSignal:
     """What the teacher said at the N positions that a sample's picture takes (none, for a sample without one).
 
     `targets` are its next-token distributions there, `relation` is how they relate to each other. `attention_LN` says
-    how much the sample's text attends to each position in each of the teacher's layers, a mean over heads and over its
-    `text_positions`. What no stage asked for is None.
+    how much the sample's text attends to each position in each of the teacher's layers, a mean over heads and text
+    positions. What no stage asked for is None.
     """
 
     targets: SparseTargets | None = None
     relation: Relation | None = None
     attention_LN: npt.NDArray[np.float32] | None = None
-    text_positions: int = 0
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class TermsConfig(Slice):
     cross_entropy: float = Field(default=0.0, ge=0.0)
     """On answers that are ground truth (never on answers that the teacher wrote)."""
     forward_kl: float = Field(default=0.0, ge=0.0)
-    """To the teacher's stored sparse targets, on every answer."""
+    """To the teacher's sparse targets, on every answer."""
     balance: float = Field(default=0.0, ge=0.0)
     """Router load balance, averaged over the sparse layers; padding is not counted."""
     preference: float = Field(default=0.0, ge=0.0, exclude_if=_unless(0.0))

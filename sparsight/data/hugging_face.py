@@ -104,8 +104,9 @@ def _rows(
             index += 1
             try:
                 messages = _messages(row, source)
-                parts = pieces(read_conversation(messages), data.turns_per_sample)
+                whole = read_conversation(messages)
                 frames = _frames(row[source.picture_column])
+                parts = pieces(whole, data.turns_per_sample) if frames else [whole]
                 if not frames:
                     check_unseen(messages)
                 for picture in frames:

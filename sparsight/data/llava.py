@@ -45,7 +45,8 @@ def _rows(records: list[Any], source: LlavaSource, folder: Path, data: DataConfi
                 raise DataError(f"the record is a {type(record).__name__}, not a mapping")
             messages: Any = record.get("conversations")
             name: Any = record.get("image")
-            parts = pieces(read_conversation(messages), data.turns_per_sample)
+            whole = read_conversation(messages)
+            parts = [whole] if name is None else pieces(whole, data.turns_per_sample)
             if name is None:
                 check_unseen(messages)
             frames = () if name is None else (read_picture(_picture_path(name, folder), data),)

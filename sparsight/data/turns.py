@@ -18,7 +18,11 @@ def normalise(text: str) -> str:
 
 
 def pieces(turns: Sequence[Turn], most: int) -> list[tuple[Turn, ...]]:
-    """The turns, in order, in as few conversations of at most `most` turns as possible, of nearly equal length."""
+    """The turns, in order, in as few conversations of at most `most` turns as possible, of nearly equal length.
+
+    For conversations about a picture, whose parts it holds together: parts of one without might be dealt to different
+    splits.
+    """
     parts = -(-len(turns) // most)
     cuts = [part * len(turns) // parts for part in range(parts + 1)] if parts else []
     return [tuple(turns[start:end]) for start, end in pairwise(cuts)]

@@ -1,7 +1,8 @@
 """The visual half of the signal store: what a teacher said at each sample's picture, beside its answers.
 
 Files are `visual-<hash>.arrow` in the folder of the signals, one for each of their `part-<hash>.parquet` and with the
-same rows, uncompressed, so that training maps them into memory and reads the samples of a step alone. Numbers are
+same rows, uncompressed, so that training maps them into memory and reads the samples of a step alone (a worker that
+reads from a bucket fetches the files once). Numbers are
 float16. A relation is stored as the upper triangle of its centred matrix or, where that is smaller, as centred factors
 (`records.Relation`); the means that centring takes away stand beside it in float32, so both the raw and the centred
 relation come back to float16's precision of the part that varies. Written by labelling, read by distillation.
@@ -9,6 +10,7 @@ relation come back to float16's precision of the part that varies. Written by la
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,9 +49,7 @@ VISUAL_SCHEMA = pa.schema(
 VISUAL_FIELDS = [field for field in VISUAL_SCHEMA if field.name not in ("id", "visual_tokens")]
 
 
-def visual_bytes(
-    ask: VisualAsk, visual_tokens: int, kept: tuple[int, int], width: int = 1 << 30, layers: int = 0
-) -> int:
+def visual_bytes(ask: VisualAsk, visual_tokens: int, kept: tuple[int, int], width: int, layers: int) -> int:
     """Bytes that one sample's visual signal takes in the store, but for some for its id and for lengths.
 
     `kept` are exact and drawn tokens a position; `width` and `layers` are the teacher's text model's.
@@ -143,8 +143,8 @@ class VisualStore:
         self._uri = storage.uri
         self._tables: list[pa.Table] = []
         self._places: dict[str, tuple[int, int]] = {}
-        for path in sorted(storage.fetch().glob(f"visual-*{SUFFIX}")):
-            table = _open(str(path))
+        for key in [key for key in storage.keys("") if key.startswith("visual-") and key.endswith(SUFFIX)]:
+            table = _open(storage.fetch(key), f"'{storage.uri}/{key}'")
             self._places |= {row: (len(self._tables), index) for index, row in enumerate(table["id"].to_pylist())}
             self._tables.append(table)
 
@@ -159,14 +159,14 @@ class VisualStore:
         return _from_row(self._tables[file].slice(index, 1))
 
 
-def _open(path: str) -> pa.Table:
+def _open(path: Path, where: str) -> pa.Table:
     try:
-        table = pa.ipc.open_file(pa.memory_map(path)).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"'{path}' is damaged ({error}): delete it and label again") from error
+        raise DataError(f"{where} is damaged ({error}): delete it and label again") from error
     found, wanted = (table.schema.metadata or {}).get(b"sparsight.visual"), VISUAL_SCHEMA.metadata[b"sparsight.visual"]
     if found != wanted:
-        raise DataError(f"'{path}' has visual signals version {found!r}, this code reads {wanted!r}: label again")
+        raise DataError(f"{where} has visual signals version {found!r}, this code reads {wanted!r}: label again")
     return table
 
 

@@ -115,7 +115,8 @@ class ResponseObjective:
         sample_scale = worker_count() / len(everything)
         if not terms.visual:
             return TaughtBatch(answers, None, sample_scale)
-        pictures = visual_batch(taught, terms, chat.visual_id, terms.visual_kl * sample_scale)
+        vocabulary = self._student.head_VD.shape[0]
+        pictures = visual_batch(taught, terms, chat.visual_id, vocabulary, terms.visual_kl * sample_scale)
         return TaughtBatch(answers, pictures.to(device), sample_scale)
 
     def _taught(self, share: Numbers) -> list[TaughtRow]:

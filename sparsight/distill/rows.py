@@ -158,13 +158,7 @@ class RowMaker:
     def _check_targets(self, row: str, targets: SparseTargets, positions: int) -> None:
         if len(targets) != positions:
             raise misfit(row, f"it has targets for {len(targets)} of {positions} answer tokens", "label it again")
-        for ids in (targets.head_ids_nK, targets.tail_ids_nS):
-            if ids.size and int(ids.max()) >= self.vocabulary:
-                raise misfit(
-                    row,
-                    f"the teacher gives weight to token {int(ids.max())}, the student's head ends at {self.vocabulary}",
-                    "use a student whose vocabulary is as large as the teacher's",
-                )
+        check_ids(row, targets, self.vocabulary)
 
 
 def _check_content(sample: Sample, signal: TeacherSignal) -> None:
@@ -190,6 +184,17 @@ def _cut(signal: TeacherSignal) -> list[npt.NDArray[np.int32]]:
     if sum(signal.answer_lengths) != len(signal.response_ids_n):
         raise misfit(signal.id, "the lengths of its answers do not add up to its response", "label it again")
     return np.split(signal.response_ids_n, np.cumsum(signal.answer_lengths)[:-1])
+
+
+def check_ids(row: str, targets: SparseTargets, vocabulary: int) -> None:
+    """Raises `AlignmentError` where the teacher's targets name a token that a head of so many rows does not have."""
+    for ids in (targets.head_ids_nK, targets.tail_ids_nS):
+        if ids.size and int(ids.max()) >= vocabulary:
+            raise misfit(
+                row,
+                f"the teacher gives weight to token {int(ids.max())}, the student's head ends at {vocabulary}",
+                "use a student whose vocabulary is as large as the teacher's",
+            )
 
 
 def check_tokenizer(store: str, theirs: str | None, ours: str) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from sparsight.distill.rows import TrainingRow, misfit
+from sparsight.distill.rows import TrainingRow, check_ids, misfit
 from sparsight.media.chat import ChatEncoder
 from sparsight.records import Quarantined, Sample, TeacherSignal, VisualSignal
 
@@ -46,7 +46,8 @@ class StoredSide:
 
 
 class LiveSide:
-    """Asks a teacher that is in memory. `label` is its own labelling, `samples` are the rows' by id.
+    """Asks a teacher that is in memory. `label` is its own labelling, `samples` are the rows' by id, `vocabulary` is
+    the number of rows of the student's head.
 
     The teacher reads the answers that the rows hold: it writes none, and every draw is the one that labelling would
     take, so its targets differ from stored ones by the store's rounding alone.
@@ -57,13 +58,14 @@ class LiveSide:
         label: Callable[[Sequence[Sample]], Sequence[TeacherSignal | Quarantined]],
         samples: Mapping[str, Sample],
         chat: ChatEncoder,
+        vocabulary: int,
     ) -> None:
-        self._label, self._samples, self._chat = label, samples, chat
+        self._label, self._samples, self._chat, self._vocabulary = label, samples, chat, vocabulary
 
     def of(self, rows: Sequence[TrainingRow]) -> list[TaughtRow]:
         """Raises `AlignmentError` for a row that the teacher cannot read, or cuts into other tokens."""
         signals = self._label([answered(self._samples[row.id], row, self._chat) for row in rows])
-        return [_taught(row, signal) for row, signal in zip(rows, signals, strict=True)]
+        return [_taught(row, signal, self._vocabulary) for row, signal in zip(rows, signals, strict=True)]
 
 
 def answered(sample: Sample, row: TrainingRow, chat: ChatEncoder) -> Sample:
@@ -80,9 +82,10 @@ def answered(sample: Sample, row: TrainingRow, chat: ChatEncoder) -> Sample:
     return replace(sample, turns=tuple(turns))
 
 
-def _taught(row: TrainingRow, signal: TeacherSignal | Quarantined) -> TaughtRow:
+def _taught(row: TrainingRow, signal: TeacherSignal | Quarantined, vocabulary: int) -> TaughtRow:
     if isinstance(signal, Quarantined):
         raise misfit(row.id, f"the teacher cannot read it: {signal.reason}", "prepare the samples again")
     if not np.array_equal(signal.response_ids_n, row.label_ids_n):
         raise misfit(row.id, "the teacher cuts its answers into other tokens", "set the stage's teacher: stored")
+    check_ids(row.id, signal.targets, vocabulary)
     return TaughtRow(replace(row, targets=signal.targets), signal.visual)

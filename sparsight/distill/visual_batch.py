@@ -15,7 +15,7 @@ import torch
 
 from sparsight.distill.batches import sparse_tensors
 from sparsight.distill.losses import ResponseTargets, SparseTargetTensors
-from sparsight.distill.rows import misfit
+from sparsight.distill.rows import check_ids, misfit
 from sparsight.distill.taught import TaughtRow
 from sparsight.model.visual_attention import text_positions
 from sparsight.records import VisualSignal
@@ -53,13 +53,18 @@ class VisualBatch(NamedTuple):
         )
 
 
-def visual_batch(taught: Sequence[TaughtRow], terms: TermsConfig, visual_id: int, kl_scale: float) -> VisualBatch:
+def visual_batch(
+    taught: Sequence[TaughtRow], terms: TermsConfig, visual_id: int, vocabulary: int, kl_scale: float
+) -> VisualBatch:
     """Collect what the visual terms need. The positions of a row with N of them weigh `kl_scale` / N each.
 
-    Raises `AlignmentError` where the teacher's picture takes other tokens than the row's.
+    Raises `AlignmentError` where the teacher's picture takes other tokens than the row's, or where its targets name one
+    that the student's head of `vocabulary` rows does not have.
     """
     positions = [np.flatnonzero(row.input_ids == visual_id) for row, _ in taught]
-    signals = [_checked(row.id, visual, len(at)) for (row, visual), at in zip(taught, positions, strict=True)]
+    signals = [
+        _checked(row.id, visual, len(at), vocabulary) for (row, visual), at in zip(taught, positions, strict=True)
+    ]
     weights = [np.full(len(at), kl_scale / max(1, len(at)), np.float32) for at in positions]
     relations = [it.relation.to_matrix() for it in signals if it.relation is not None] if terms.relation > 0 else []
     attentions = [it.attention_LN for it in signals if it.attention_LN is not None] if terms.attention > 0 else []
@@ -98,7 +103,7 @@ def _padded_front(part: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([part.new_zeros(rows, *part.shape[1:]), part])
 
 
-def _checked(row: str, visual: VisualSignal | None, tokens: int) -> VisualSignal:
+def _checked(row: str, visual: VisualSignal | None, tokens: int, vocabulary: int) -> VisualSignal:
     assert visual is not None, "visual terms need a store of visual signals, or the teacher"
     targets, relation, attention_LN = visual.targets, visual.relation, visual.attention_LN
     sizes = [len(targets)] if targets is not None else []
@@ -111,6 +116,8 @@ def _checked(row: str, visual: VisualSignal | None, tokens: int) -> VisualSignal
         if theirs != tokens:
             what = f"its picture takes {theirs} tokens for the teacher, {tokens} for the student"
             raise misfit(row, what, "use towers and patch sizes that agree, or leave visual terms out")
+    if targets is not None:
+        check_ids(row, targets, vocabulary)
     return visual
 
 

@@ -19,6 +19,7 @@ class VisualLosses:
 
     def __init__(self, stage: StageConfig) -> None:
         self._terms, self._centred = stage.terms, stage.relation_centred
+        self._head_trains = bool({"text", "embeddings"} & set(stage.trainable))
         self._gram_DD: torch.Tensor | None = None
 
     def relations(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, batch: VisualBatch) -> torch.Tensor:
@@ -38,7 +39,7 @@ class VisualLosses:
         return torch.stack(list(map(attention_loss, students, batch.attentions)))
 
     def _gram(self, head_VD: torch.Tensor) -> torch.Tensor:
-        if head_VD.requires_grad:
+        if self._head_trains:
             return head_gram(head_VD)
         if self._gram_DD is None:
             self._gram_DD = head_gram(head_VD)

@@ -8,7 +8,6 @@ a teacher of any size is named without being loaded. Called by labelling, distil
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sparsight.errors import CheckpointError
-from sparsight.media.pixels import PROCESSOR_FILE, PixelSettings
+from sparsight.media.pixels import PROCESSOR_FILE
 
 _MARKS = ("vision_tower.", "visual.", "vision_model.")
 """Where the tower's part of a tensor's name begins, outermost first."""
@@ -70,12 +69,19 @@ def _settings(directory: Path) -> dict[str, Any]:
     vision = config.get("vision_config", {})
     found["layer"] = config.get("vision_feature_layer")
     found["sizes"] = [vision.get(key) for key in ("image_size", "patch_size", "num_attention_heads", "hidden_act")]
-    if (directory / PROCESSOR_FILE).is_file():
-        found["pixels"] = asdict(PixelSettings.read(directory))
-    else:
-        values = _json(directory / "preprocessor_config.json")
-        found["pixels"] = {key: values.get(key) for key in ("size", "image_mean", "image_std")}
+    found["pixels"] = _pixels(directory)
     return found
+
+
+def _pixels(directory: Path) -> list[Any]:
+    """Side, mean and deviation of prepared pictures, from whichever file the checkpoint has them in."""
+    processor = _json(directory / "processor_config.json")
+    places = [_json(directory / PROCESSOR_FILE), processor.get("video_processor", {})]
+    places += [_json(directory / "preprocessor_config.json"), processor.get("image_processor", {})]
+    values = next((place for place in places if "image_mean" in place), {})
+    size = values.get("size", {})
+    sides = [size.get(key) for key in ("height", "shortest_edge", "max_pixels")] if isinstance(size, dict) else [size]
+    return [next((side for side in sides if side is not None), None), values.get("image_mean"), values.get("image_std")]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from PIL import Image
 from sparsight.errors import DataError
 from sparsight.media.chat import ChatEncoder
 from sparsight.media.images import decode
-from sparsight.records import Quarantined, Sample, SparseTargets, TeacherSignal, Turn, VisualSignal, hash_response
+from sparsight.records import Quarantined, Sample, SparseTargets, TeacherSignal, Turn, hash_response
 from sparsight.teacher.protocol import SignalSettings
 from sparsight.teacher.targets import cut, tail_uniforms, targets_of_hidden
 from sparsight.teacher.visual import TeacherForward, VisualTeacher
@@ -159,20 +159,7 @@ def _join(sample: Sample, parts: Sequence[TeacherSignal | Quarantined]) -> Teach
             tail_logprobs_nS=np.concatenate([target.tail_logprobs_nS for target in targets]),
         ),
         response_hash=hash_response(response_ids_n),
-        visual=_join_visual([signal.visual for signal in signals]),
     )
-
-
-def _join_visual(parts: Sequence[VisualSignal | None]) -> VisualSignal | None:
-    """What questions about one picture say of it: the same, but for attention, which is a mean over all their text."""
-    found = [part for part in parts if part is not None]
-    if not found or found[0].attention_LN is None:
-        return parts[0]
-    weights = np.array([part.text_positions for part in found], np.float32) / max(
-        1, sum(part.text_positions for part in found)
-    )
-    attention = [part.attention_LN for part in found if part.attention_LN is not None]
-    return replace(found[0], attention_LN=np.einsum("p,pln->ln", weights, np.stack(attention)))
 
 
 def questions_apart(row: OpenSample) -> list[OpenSample]:

@@ -208,10 +208,9 @@ class ImageTextModel:
         ]
 
     def forward(self, rows: Sequence[EncodedSample], attention: bool = False) -> TeacherForward:
+        assert not attention, "about pictures, teachers that read clips are asked"
         views: list[View] = [row.inputs for row in rows]
-        inputs = self._inputs([row.input_ids for row in rows], views, left=False)
-        outputs = self.model.base_model(**inputs, use_cache=False, output_attentions=attention)
-        return TeacherForward(outputs.last_hidden_state, outputs.attentions if attention else ())
+        return TeacherForward(self._hidden(self._inputs([row.input_ids for row in rows], views, left=False)))
 
     @property
     def head_VD(self) -> torch.Tensor:

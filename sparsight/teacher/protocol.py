@@ -12,6 +12,7 @@ from typing import Protocol
 
 from sparsight.artifacts import digest
 from sparsight.config import LabelConfig
+from sparsight.data.visual_signals import VISUAL_VERSION
 from sparsight.errors import CheckpointError
 from sparsight.records import Quarantined, Sample, TeacherSignal
 from sparsight.sources import MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS
@@ -41,7 +42,7 @@ class SignalSettings:
     @property
     def content(self) -> dict[str, int]:
         """The settings that change what a row says; batch and file sizes do not."""
-        asked = {f"visual_{name}": 1 for name, wanted in self.visual._asdict().items() if wanted}
+        asked = {f"visual_{name}": VISUAL_VERSION for name, wanted in self.visual._asdict().items() if wanted}
         return asked | {
             "head": self.label.head,
             "tail_samples": self.label.tail_samples,

@@ -52,7 +52,7 @@ class VisualTeacher:
             text = text_positions(row, self._visual_id)
             relation = self._relation(hidden[index]) if ask.relation else None
             attention = _numpy(visual_attention(forward.attentions_L, index, text, at)) if ask.attention else None
-            found.append(VisualSignal(targets[index], relation, attention, len(text)))
+            found.append(VisualSignal(targets[index], relation, attention))
         return found
 
     def _targets(self, hidden: Sequence[torch.Tensor], samples: Sequence[Sample]) -> list[SparseTargets]:

@@ -12,14 +12,18 @@ import torch.multiprocessing as mp
 from sparsight.distill.balance import Balance, balance_loss
 from sparsight.distill.loop import StageTrainer
 from sparsight.distill.preference import kto_baselines, preference
-from sparsight.stages import PreferenceConfig
+from sparsight.stages import PreferenceConfig, TermsConfig
 from tests.parity.preference_case import pair_trainer, ratios, stage
-from tests.parity.text_only_case import mixed_trainer, text_alone
+from tests.parity.text_only_case import MIXED, mixed_trainer, text_alone
 from tests.parity.training_case import trainer, weights
 
+PICTURES = MIXED.model_copy(
+    update={"terms": TermsConfig(cross_entropy=0.5, forward_kl=1.0, visual_kl=0.7, relation=0.5, attention=0.3)}
+)
 CASES: dict[str, Callable[[], StageTrainer]] = {
     "answers": trainer,
     "answers, some without pictures": mixed_trainer,
+    "pictures, some without": lambda: mixed_trainer(PICTURES),
     "pairs, teacher as reference": lambda: pair_trainer(stage("kto_pair", "teacher")),
     "pairs, student as reference": lambda: pair_trainer(stage("kto_pair", "student")),
 }

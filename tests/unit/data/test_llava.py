@@ -98,11 +98,10 @@ def test_a_record_without_a_picture_is_text_alone(pictures: Path) -> None:
     assert bad == []
     assert [sample.id for sample in good] == [
         "llava/train/0",
-        "llava/train/1/x/0",
-        "llava/train/1/x/1",
+        "llava/train/1/x",
         "llava/train/2",
     ]
-    assert [(len(sample.frames), len(sample.frame_times_s)) for sample in good] == [(0, 0)] * 3 + [(1, 1)]
+    assert [(len(sample.frames), len(sample.frame_times_s)) for sample in good] == [(0, 0)] * 2 + [(1, 1)]
     assert good[0].turns == (Turn("what?", "this"),)
 
 

@@ -10,7 +10,7 @@ from sparsight.data.visual_signals import VisualStore, encode_visual, is_matrix_
 from sparsight.errors import DataError
 from sparsight.records import Quarantined, Relation, SparseTargets, TeacherSignal, VisualSignal
 from sparsight.stages import VisualAsk
-from sparsight.storage import LocalStorage
+from sparsight.storage import LocalStorage, open_storage
 
 EVERYTHING = VisualAsk(True, True, True)
 K, S, LAYERS = 5, 3, 4
@@ -45,16 +45,17 @@ def signal(row: str, visual: VisualSignal, N: int) -> TeacherSignal:
     return TeacherSignal(row, "hash", ids, (2,), (False,), head[:, 0], targets, N, visual=visual)
 
 
-def store(folder: Path, results: list[TeacherSignal | Quarantined]) -> VisualStore:
-    LocalStorage(folder).write_bytes("visual-one.arrow", encode_visual(visual_rows(labelled_table(results))))
-    return VisualStore(LocalStorage(folder))
+def store(uri: str, results: list[TeacherSignal | Quarantined]) -> VisualStore:
+    storage = open_storage(uri)
+    storage.write_bytes("visual-one.arrow", encode_visual(visual_rows(labelled_table(results))))
+    return VisualStore(storage)
 
 
 @pytest.mark.parametrize(("N", "width"), [(17, 64), (17, 8), (1, 64), (0, 64)])
-def test_a_row_comes_back_to_half_precision(tmp_path: Path, N: int, width: int) -> None:
+def test_a_row_comes_back_to_half_precision(storage_uri: str, N: int, width: int) -> None:
     visual = random_visual(N, width, seed=N)
     other = signal("a", random_visual(9, 64, 5), 9)
-    found = store(tmp_path, [signal("b", visual, N), other, Quarantined("c", "s", "why")])
+    found = store(storage_uri, [signal("b", visual, N), other, Quarantined("c", "s", "why")])
     assert len(found) == 2
     back = found.load("b")
     assert visual.targets is not None
@@ -84,7 +85,7 @@ def centre(matrix_NN: np.ndarray) -> np.ndarray:
 
 def test_what_nobody_asked_for_is_none(tmp_path: Path) -> None:
     visual = random_visual(6, 64, seed=1, ask=VisualAsk(targets=True))
-    back = store(tmp_path, [signal("a", visual, 6)]).load("a")
+    back = store(str(tmp_path), [signal("a", visual, 6)]).load("a")
     assert back.targets is not None
     assert back.relation is None
     assert back.attention_LN is None
@@ -100,7 +101,7 @@ def test_files_take_the_bytes_that_were_announced(N: int, width: int, ask: Visua
 
 
 def test_an_unknown_row_and_a_damaged_file_are_named(tmp_path: Path) -> None:
-    found = store(tmp_path, [signal("a", random_visual(4, 64, 0), 4)])
+    found = store(str(tmp_path), [signal("a", random_visual(4, 64, 0), 4)])
     with pytest.raises(DataError, match=r"no visual signal of row 'b': label again"):
         found.load("b")
     path = tmp_path / "visual-one.arrow"

@@ -104,5 +104,6 @@ def test_a_signal_without_its_sample_is_refused(maker: RowMaker, sample: Sample,
 
 def test_another_tokenizer_is_refused(maker: RowMaker) -> None:
     maker.check_tokenizer(maker.chat.tokenizer_fingerprint)
-    with pytest.raises(AlignmentError, match="teacher's tokenizer"):
+    both = f"tokenizer 0123456789abcdef, the student's is {maker.chat.tokenizer_fingerprint}: .* teacher's tokenizer"
+    with pytest.raises(AlignmentError, match=both):
         maker.check_tokenizer("0123456789abcdef")

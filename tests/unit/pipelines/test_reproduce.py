@@ -8,7 +8,7 @@ import pytest
 from pipelines.reproduce import Origin, main, seed_configs, write_pages
 from pipelines.study_llava_kd import LLAVA_KD
 from pipelines.study_llava_mod import LLAVA_MOD
-from sparsight.config import RunConfig, load
+from sparsight.config import RunConfig, StudentRun, load
 from sparsight.evaluate.reproduction_page import READING_ENDS, READING_STARTS
 from sparsight.model.parameters import activated_parameters, group_of, total_parameters
 from sparsight.model.tiny import make_dense, make_tokenizer
@@ -169,9 +169,21 @@ def test_llava_kds_students_activate_as_many_weights_and_take_as_many_steps() ->
     routers = sum(weight.numel() for name, weight in sparse.model.named_parameters() if group_of(name) == "routers")
     assert activated_parameters(sparse) - routers == total_parameters(dense)
     taken = {
-        name: steps_of(config, name) for name in ("dpt_sft_dft", "dpt_dft", "pt_sft_sft", "llava_mod", "sparsight")
+        name: steps_of(config, name)
+        for name in ("dpt_sft_dft", "dpt_dft", "pt_sft_sft", "few", "llava_mod", "sparsight")
     }
     assert len(set(taken.values())) == 1
+
+
+def test_llava_kds_students_are_the_presets_that_they_are_called_after() -> None:
+    """Trainable sets, terms and up-cycling, without a preference stage and the first, which no preset has."""
+    config = load(MOD.with_name("kd.yaml"))
+    for name, preset in (("dpt_sft_dft", "llava_kd"), ("llava_mod", "llava_mod"), ("sparsight", "sparsight")):
+        ours = next(it for it in config.distill.students if it.name == name).stages
+        theirs = StudentRun.model_validate({"name": name, "preset": preset}).stages[: len(ours)]
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.name, one.terms, one.upcycle) == (other.name, other.terms, other.upcycle)
+            assert set(one.trainable) == set(other.trainable)
 
 
 def steps_of(config: RunConfig, name: str) -> int:

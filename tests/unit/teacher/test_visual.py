@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from sparsight.config import LabelConfig
+from sparsight.config import HuggingFaceTeacherConfig, LabelConfig, StageConfig, TermsConfig
 from sparsight.data.signals import labelled_table
 from sparsight.data.visual_signals import VisualStore, encode_visual, visual_rows
+from sparsight.distill.loop import StageTrainer
+from sparsight.distill.pictures import PixelPictures
 from sparsight.distill.rows import RowMaker
 from sparsight.distill.taught import LiveSide, StoredSide, TaughtRow
-from sparsight.errors import AlignmentError
+from sparsight.errors import AlignmentError, CheckpointError
 from sparsight.media.images import decode
 from sparsight.media.pixels import to_pixels
 from sparsight.model.vision_language import VisionLanguageModel
+from sparsight.model.visual_attention import text_positions
 from sparsight.records import Sample, TeacherSignal, VisualSignal
 from sparsight.stages import VisualAsk
 from sparsight.storage import LocalStorage
@@ -37,7 +40,7 @@ def source(teacher_directory: Path) -> TeacherSource:
 
 @pytest.fixture(scope="module")
 def teacher(source: TeacherSource) -> Teacher:
-    return load_teacher(source, identify(source), SETTINGS)
+    return load_teacher(source.asked_about(SETTINGS.visual), identify(source), SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def test_positions_relations_and_attention_are_those_of_the_stock_forward(
 
 
 def test_independent_questions_have_one_picture_and_attend_to_it_together(
-    teacher: Teacher, new_sample: Callable[..., Sample]
+    teacher: Teacher, model: VisionLanguageModel, new_sample: Callable[..., Sample]
 ) -> None:
     sample = replace(new_sample(1, turns=3), independent=True)
     alone = [replace(sample, turns=(turn,)) for turn in sample.turns]
@@ -89,7 +92,8 @@ def test_independent_questions_have_one_picture_and_attend_to_it_together(
     assert packed.relation is not None
     assert apart[0].relation is not None
     np.testing.assert_allclose(packed.relation.to_matrix(), apart[0].relation.to_matrix(), rtol=1e-4, atol=1e-3)
-    weights = [part.text_positions for part in apart]
+    encoded = [model.chat.encode(one.turns, model.visual_tokens(1)).input_ids for one in alone]
+    weights = [len(text_positions(np.asarray(ids), model.chat.visual_id)) for ids in encoded]
     attention = sum(weight * part.attention_LN for weight, part in zip(weights, apart, strict=True)) / sum(weights)
     np.testing.assert_allclose(packed.attention_LN, attention, atol=1e-5)
 
@@ -104,7 +108,7 @@ def sides(
     stored = StoredSide(VisualStore(LocalStorage(folder))).of(rows)
     by_id = {sample.id: sample for sample in samples}
     bare = [replace(row, targets=None) for row in rows]
-    return stored, LiveSide(teacher.label, by_id, model.chat).of(bare)
+    return stored, LiveSide(teacher.label, by_id, model.chat, model.head_VD.shape[0]).of(bare)
 
 
 def test_the_live_teacher_says_what_the_store_says(
@@ -136,9 +140,55 @@ def test_a_row_that_the_live_teacher_reads_otherwise_is_refused(
     samples = [new_sample(1, turns=2)]
     ((row, _),), _ = sides(teacher, model, samples, tmp_path)
     other = replace(row, input_ids=np.where(row.input_ids == row.label_ids_n[0], 9, row.input_ids))
-    side = LiveSide(teacher.label, {row.id: samples[0]}, model.chat)
+    side = LiveSide(teacher.label, {row.id: samples[0]}, model.chat, model.head_VD.shape[0])
     with pytest.raises(AlignmentError, match=rf"row '{row.id}' .* cuts its answers into other tokens"):
         side.of([other])
-    broken = LiveSide(teacher.label, {row.id: replace(samples[0], frames=(b"no picture",))}, model.chat)
+    unreadable = {row.id: replace(samples[0], frames=(b"no picture",))}
+    broken = LiveSide(teacher.label, unreadable, model.chat, model.head_VD.shape[0])
     with pytest.raises(AlignmentError, match=rf"row '{row.id}' .* the teacher cannot read it"):
         broken.of([row])
+    short = LiveSide(teacher.label, {row.id: samples[0]}, model.chat, 3)
+    with pytest.raises(AlignmentError, match=rf"row '{row.id}' .*the student's head ends at 3"):
+        short.of([row])
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_an_equal_student_has_nothing_to_learn_from_pictures(
+    source: TeacherSource, model: VisionLanguageModel, new_sample: Callable[..., Sample], frames: int
+) -> None:
+    """Through labelling and a whole step; with all of the vocabulary kept there are no draws."""
+    vocabulary = model.head_VD.shape[0]
+    settings = replace(SETTINGS, label=LabelConfig(head=vocabulary, tail_samples=0))
+    labels = load_teacher(source.asked_about(settings.visual), identify(source), settings)
+    samples = [new_sample(number, turns=2, frames=frames) for number in range(4)]
+    rows = RowMaker(model.chat, model.visual_tokens, vocabulary).labelled(samples, label(labels, samples))
+    side = LiveSide(labels.label, {sample.id: sample for sample in samples}, model.chat, vocabulary)
+    terms = TermsConfig(forward_kl=1.0, visual_kl=1.0, relation=1.0, attention=1.0)
+    stage = StageConfig(name="equal", terms=terms, tail="bucket", steps=1, batch_samples=4)
+    pictures = PixelPictures(samples, model.pixels, 10**6, 10**6)
+    student = VisionLanguageModel.load(source.uri)
+    metrics = StageTrainer(student, stage, rows, pictures, seed=0, side=side).train_step()
+    for term in ("forward_kl", "visual_kl", "relation", "attention"):
+        assert metrics[term] == pytest.approx(0.0, abs=2e-5)
+    assert metrics["gradient_norm"] < 1e-3
+
+
+def test_a_teacher_that_reads_images_cannot_speak_of_a_students_positions(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    source = TeacherSource.hugging_face(HuggingFaceTeacherConfig(kind="hugging_face", path=str(tmp_path)))
+    assert source.asked_about(VisualAsk()) == source
+    with pytest.raises(CheckpointError, match=r"a llava_onevision model, and '.*' is a llava: use another teacher"):
+        source.asked_about(VisualAsk(relation=True))
+
+
+def test_a_llava_onevision_from_the_hub_is_asked_as_students_are(
+    teacher_directory: Path, teacher: Teacher, new_sample: Callable[..., Sample]
+) -> None:
+    config = HuggingFaceTeacherConfig(kind="hugging_face", path=str(teacher_directory), dtype="float32")
+    source = TeacherSource.hugging_face(config).asked_about(SETTINGS.visual)
+    assert source.opened_as == "dtype float32, attention eager, pictures clips"
+    samples = [new_sample(number, turns=2) for number in range(2)]
+    hub = label(load_teacher(source, identify(source), SETTINGS), samples)
+    for ours, theirs in zip(hub, label(teacher, samples), strict=True):
+        np.testing.assert_array_equal(ours.response_ids_n, theirs.response_ids_n)
+        np.testing.assert_allclose(visual_of(ours).attention_LN, visual_of(theirs).attention_LN, atol=1e-5)
