@@ -6,7 +6,7 @@ scores nor chooses, and nothing in it is changed by a question. Filled from `enc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -67,7 +67,8 @@ class BlockBank(Protocol):
         ...
 
     def gather(self, layer: int, numbers: Sequence[int]) -> Tensor:
-        """One layer's keys and values of several blocks, in the order given: a new tensor [R, 2, G, S, C]."""
+        """One layer's keys and values of several blocks, in the order given: a new tensor [R, 2, G, S, C] in the
+        model's type. Raises `LostBlockError` for a block whose page is damaged or missing; the index has it no more."""
         ...
 
     def clear(self) -> None:
@@ -95,12 +96,7 @@ class RamBank:
         last = next(reversed(self._blocks.values()), self.sink)
         if (block.number, block.digest) == (last.number, last.digest):
             return
-        self._check_shape(block, tokens=last.tokens if self._blocks else block.tokens)
-        if block.number <= last.number or block.start_s < last.start_s:
-            raise StreamError(
-                f"block {block.number} at {block.start_s:g} s cannot follow block {last.number} at {last.start_s:g} s: "
-                "put the blocks of a stream in time order."
-            )
+        check_follows(block, last, self.sink)
         if self._nbytes + block.nbytes > self._budget_bytes:
             raise StreamError(
                 f"the stream's memory is full: {len(self)} blocks take {self._nbytes} of {self._budget_bytes} bytes, "
@@ -119,25 +115,34 @@ class RamBank:
         return self._blocks[number]
 
     def gather(self, layer: int, numbers: Sequence[int]) -> Tensor:
-        return torch.stack([self.get(number).page_L2GSC[layer] for number in numbers])
+        blocks = [self.get(number) for number in numbers]
+        return blocks[0].format.unpack(torch.stack([block.rows_LU[layer] for block in blocks]))
 
     def clear(self) -> None:
         self._blocks: dict[int, KvBlock] = {}
-        self._rows = _IndexRows(self.sink.mean_keys_LGC)
+        self._rows = IndexRows(self.sink.mean_keys_LGC)
         self._nbytes = self.sink.nbytes
 
-    def _check_shape(self, block: KvBlock, tokens: int) -> None:
-        L, _, G, _, C = self.sink.page_L2GSC.shape
-        wanted = ((L, 2, G, tokens, C), self.sink.page_L2GSC.dtype)
-        given = (tuple(block.page_L2GSC.shape), block.page_L2GSC.dtype)
-        if given != wanted:
-            raise StreamError(
-                f"block {block.number} has a page of {given}, this stream's have {wanted}: "
-                "encode a stream with one model and one frame size."
-            )
+
+def check_follows(block: KvBlock, last: KvBlock, sink: KvBlock) -> None:
+    """Raises `StreamError` for a block that cannot come after `last`, the newest of the stream or its sink."""
+    if last is sink:
+        wanted = replace(sink.format, encoding=block.format.encoding, tokens=block.tokens)
+    else:
+        wanted = last.format
+    if block.format != wanted:
+        raise StreamError(
+            f"block {block.number} has a page of {block.format}, this stream's have {wanted}: "
+            "encode a stream with one model, one frame size and one encoding."
+        )
+    if block.number <= last.number or block.start_s < last.start_s:
+        raise StreamError(
+            f"block {block.number} at {block.start_s:g} s cannot follow block {last.number} at {last.start_s:g} s: "
+            "put the blocks of a stream in time order."
+        )
 
 
-class _IndexRows:
+class IndexRows:
     """Index rows in tensors that double when they are full, so that a snapshot is a view and costs nothing.
 
     Rows are only ever added, and a full tensor is left as it is: no snapshot changes under its reader.
