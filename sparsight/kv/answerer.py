@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparsight.errors import StreamError
+from sparsight.errors import LostBlockError, StreamError
 from sparsight.kv.attention import KvTextModel, attend
 from sparsight.kv.bank import BlockBank, BlockIndex
 from sparsight.kv.retrieve import Retriever
@@ -120,8 +120,24 @@ class StreamAnswerer:
 
         `question` says which of its tokens are the question, whose mean query retrieves (the template's own words would
         dilute it). `until_s` hides the blocks that end later. At most `room_tokens` tokens can be stepped afterwards.
-        Raises `StreamError` without a block or a question token, or for a context longer than the model's.
+        A block that turns out lost is left out: the question is read again without it. Raises `StreamError` without a
+        block or a question token, or for a context longer than the model's.
         """
+        while True:
+            try:
+                return self._begin(bank, prompt_ids_T, retriever, room_tokens, question, until_s)
+            except LostBlockError:
+                continue  # the bank's index is shorter now
+
+    def _begin(
+        self,
+        bank: BlockBank,
+        prompt_ids_T: Tensor,
+        retriever: Retriever,
+        room_tokens: int,
+        question: slice,
+        until_s: float | None,
+    ) -> "Turn":
         index = bank.index() if until_s is None else bank.index().until(until_s)
         if len(index) == 0:
             raise StreamError("the stream has no frame to answer from: send frames first, or ask about a later time.")

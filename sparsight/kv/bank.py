@@ -5,7 +5,7 @@ to cross a process boundary. `RamBank` holds the blocks of one stream in main me
 scores nor chooses, and nothing in it is changed by a question. Filled from `encoder`, read by `answerer`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsight.errors import StreamError
-from sparsight.kv.block import SINK_NUMBER, KvBlock
+from sparsight.kv.block import SINK_NUMBER, BlockHead, KvBlock
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class BlockIndex:
         """The blocks before the first that ends after `time_s`: what a question asked then may rest on."""
         N = int((self.spans_s_N2[:, 1] <= time_s).cumprod(0).sum())
         return BlockIndex(self.numbers_N[:N], self.spans_s_N2[:N], self.mean_keys_LNGC[:, :N])
+
+    def without(self, numbers: Collection[int]) -> "BlockIndex":
+        """The blocks but for these."""
+        rows_N = ~torch.isin(self.numbers_N, torch.tensor(sorted(numbers), dtype=torch.long))
+        return BlockIndex(self.numbers_N[rows_N], self.spans_s_N2[rows_N], self.mean_keys_LNGC[:, rows_N])
 
 
 class BlockBank(Protocol):
@@ -96,7 +101,7 @@ class RamBank:
         last = next(reversed(self._blocks.values()), self.sink)
         if (block.number, block.digest) == (last.number, last.digest):
             return
-        check_follows(block, last, self.sink)
+        check_follows(block, last.head)
         if self._nbytes + block.nbytes > self._budget_bytes:
             raise StreamError(
                 f"the stream's memory is full: {len(self)} blocks take {self._nbytes} of {self._budget_bytes} bytes, "
@@ -124,12 +129,11 @@ class RamBank:
         self._nbytes = self.sink.nbytes
 
 
-def check_follows(block: KvBlock, last: KvBlock, sink: KvBlock) -> None:
+def check_follows(block: KvBlock, last: BlockHead) -> None:
     """Raises `StreamError` for a block that cannot come after `last`, the newest of the stream or its sink."""
-    if last is sink:
-        wanted = replace(sink.format, encoding=block.format.encoding, tokens=block.tokens)
-    else:
-        wanted = last.format
+    wanted = last.format
+    if last.number == SINK_NUMBER:
+        wanted = replace(wanted, encoding=block.format.encoding, tokens=block.tokens)
     if block.format != wanted:
         raise StreamError(
             f"block {block.number} has a page of {block.format}, this stream's have {wanted}: "
@@ -148,29 +152,38 @@ class IndexRows:
     Rows are only ever added, and a full tensor is left as it is: no snapshot changes under its reader.
     """
 
-    def __init__(self, like_LGC: Tensor) -> None:
+    def __init__(self, like_LGC: Tensor, rows: int = 64) -> None:
         self._length = 0
-        self._allocate(64, like_LGC)
+        self._allocate(rows, like_LGC.shape)
+
+    def __len__(self) -> int:
+        return self._length
 
     def append(self, block: KvBlock) -> None:
-        row = self._length
-        if row == len(self._numbers_N):
+        span_s_12 = torch.tensor([[block.start_s, block.end_s]], dtype=torch.float64)
+        self.extend(torch.tensor([block.number]), span_s_12, block.mean_keys_LGC[None])
+
+    def extend(self, numbers_N: Tensor, spans_s_N2: Tensor, mean_keys_NLGC: Tensor) -> None:
+        """Append rows of many blocks at once."""
+        start, end = self._length, self._length + len(numbers_N)
+        if end > len(self._numbers_N):
             full = self.snapshot()
-            self._allocate(2 * row, block.mean_keys_LGC)
-            self._numbers_N[:row] = full.numbers_N
-            self._spans_s_N2[:row] = full.spans_s_N2
-            self._mean_keys_LNGC[:, :row] = full.mean_keys_LNGC
-        self._numbers_N[row] = block.number
-        self._spans_s_N2[row] = torch.tensor((block.start_s, block.end_s), dtype=torch.float64)
-        self._mean_keys_LNGC[:, row] = block.mean_keys_LGC
-        self._length = row + 1
+            L, _, G, C = full.mean_keys_LNGC.shape
+            self._allocate(max(end, 2 * len(self._numbers_N)), torch.Size((L, G, C)))
+            self._numbers_N[:start] = full.numbers_N
+            self._spans_s_N2[:start] = full.spans_s_N2
+            self._mean_keys_LNGC[:, :start] = full.mean_keys_LNGC
+        self._numbers_N[start:end] = numbers_N
+        self._spans_s_N2[start:end] = spans_s_N2
+        self._mean_keys_LNGC[:, start:end] = mean_keys_NLGC.transpose(0, 1)
+        self._length = end
 
     def snapshot(self) -> BlockIndex:
         N = self._length
         return BlockIndex(self._numbers_N[:N], self._spans_s_N2[:N], self._mean_keys_LNGC[:, :N])
 
-    def _allocate(self, rows: int, like_LGC: Tensor) -> None:
-        L, G, C = like_LGC.shape
+    def _allocate(self, rows: int, shape_LGC: torch.Size) -> None:
+        L, G, C = shape_LGC
         self._numbers_N = torch.empty(rows, dtype=torch.long)
         self._spans_s_N2 = torch.empty(rows, 2, dtype=torch.float64)
         self._mean_keys_LNGC = torch.empty(L, rows, G, C, dtype=torch.float32)

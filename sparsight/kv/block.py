@@ -7,6 +7,7 @@ Made by `encoder`, kept by `bank`, read by `answerer`.
 
 import json
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -21,6 +22,15 @@ SINK_NUMBER = -1
 """The number of the block that holds the system prompt; frames count from 0."""
 
 DIGEST_BYTES = 16
+
+
+class BlockHead(NamedTuple):
+    """What the next block of a stream is compared with."""
+
+    number: int
+    start_s: float
+    format: PageFormat
+    digest: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +74,10 @@ class KvBlock:
         """The block of rows that are encoded already."""
         digest = block_digest(row_digests(rows_LU), mean_keys_LGC)
         return cls(number, start_s, end_s, page_format, rows_LU, mean_keys_LGC, digest)
+
+    @property
+    def head(self) -> BlockHead:
+        return BlockHead(self.number, self.start_s, self.format, self.digest)
 
     @property
     def page_L2GSC(self) -> Tensor:

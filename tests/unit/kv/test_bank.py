@@ -4,19 +4,10 @@ import pytest
 import torch
 
 from sparsight.errors import StreamError
-from sparsight.kv.bank import BlockBank, RamBank
-from sparsight.kv.block import SINK_NUMBER, KvBlock
+from sparsight.kv.bank import RamBank
+from sparsight.kv.block import KvBlock
 from sparsight.kv.page import Encoding
-
-
-def block_of(number: int, tokens: int = 3, layers: int = 2, dtype: torch.dtype = torch.float32) -> KvBlock:
-    generator = torch.Generator().manual_seed(number + 1)
-    page_L2GSC = torch.randn(layers, 2, 2, tokens, 4, generator=generator).to(dtype)
-    return KvBlock.from_page(number, 2.0 * number, 2.0 * number + 2, page_L2GSC)
-
-
-def sink_of(tokens: int = 5) -> KvBlock:
-    return block_of(SINK_NUMBER, tokens)
+from tests.unit.kv.random_blocks import block_of, contents, sink_of
 
 
 def bank_of(blocks: int, budget_bytes: int = 2**20) -> RamBank:
@@ -24,12 +15,6 @@ def bank_of(blocks: int, budget_bytes: int = 2**20) -> RamBank:
     for number in range(blocks):
         bank.put(block_of(number))
     return bank
-
-
-def contents(bank: BlockBank) -> tuple[object, ...]:
-    index = bank.index()
-    digests = [bank.get(number).digest for number in index.numbers_N.tolist()]
-    return digests, index.spans_s_N2.tolist(), index.mean_keys_LNGC.tolist(), bank.nbytes, len(bank)
 
 
 def test_what_was_put_is_there() -> None:
