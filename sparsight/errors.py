@@ -52,6 +52,10 @@ class StreamError(SparsightError, ValueError):
     """A stream that cannot take this frame or answer this question: closed, full, or out of order."""
 
 
+class LostBlockError(StreamError):
+    """A frame's memory that is damaged or missing: the stream goes on without it, ask again."""
+
+
 def user_error(error: BaseException) -> SparsightError | None:
     """The `SparsightError` behind an error, or None.
 

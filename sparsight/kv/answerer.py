@@ -3,6 +3,7 @@
 One pass over the prompt does it all: when a layer's queries of the question are known, that layer scores every block,
 fetches the best, and attends to [sink, blocks in time order, prompt] at contiguous positions; the next layer's queries
 already contain what this one found. Then greedy decoding goes on over the same context. Fetched keys are rotated once.
+ReKV as published has two passes instead, one over the bare question to retrieve; `two_pass` does that.
 A question changes nothing in the bank, and two questions know nothing of each other. The answerer has never seen the
 frames: all it needs is in the bank.
 """
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparsight.errors import StreamError
+from sparsight.errors import LostBlockError, StreamError
 from sparsight.kv.attention import KvTextModel, attend
 from sparsight.kv.bank import BlockBank, BlockIndex
 from sparsight.kv.retrieve import Retriever
@@ -90,10 +91,19 @@ class StreamAnswerer:
         stop_ids: Collection[int] = (),
         question: slice = slice(None),
         until_s: float | None = None,
+        two_pass: bool = False,
         on_token: Callable[[int], None] | None = None,
     ) -> Answer:
         """Answer greedily; `on_token` hears every generated id at once. The other arguments are those of `begin`."""
-        turn = self.begin(bank, prompt_ids_T, retriever, question=question, until_s=until_s, room_tokens=max_new_tokens)
+        turn = self.begin(
+            bank,
+            prompt_ids_T,
+            retriever,
+            room_tokens=max_new_tokens,
+            question=question,
+            until_s=until_s,
+            two_pass=two_pass,
+        )
         ids: list[int] = []
         while len(ids) < max_new_tokens:
             token = int(turn.logits_V.argmax())
@@ -115,13 +125,32 @@ class StreamAnswerer:
         room_tokens: int,
         question: slice = slice(None),
         until_s: float | None = None,
+        two_pass: bool = False,
     ) -> "Turn":
         """Retrieve and read the prompt: everything that follows the frames in the chat template.
 
         `question` says which of its tokens are the question, whose mean query retrieves (the template's own words would
-        dilute it). `until_s` hides the blocks that end later. At most `room_tokens` tokens can be stepped afterwards.
-        Raises `StreamError` without a block or a question token, or for a context longer than the model's.
+        dilute it). With `two_pass`, the question is read alone first and retrieves; then the prompt is read over what
+        was found. `until_s` hides the blocks that end later. At most `room_tokens` tokens can be stepped afterwards.
+        A block that turns out lost is left out: the question is read again without it. Raises `StreamError` without a
+        block or a question token, or for a context longer than the model's.
         """
+        while True:
+            try:
+                return self._begin(bank, prompt_ids_T, retriever, room_tokens, question, until_s, two_pass)
+            except LostBlockError:
+                continue  # the bank's index is shorter now
+
+    def _begin(
+        self,
+        bank: BlockBank,
+        prompt_ids_T: Tensor,
+        retriever: Retriever,
+        room_tokens: int,
+        question: slice,
+        until_s: float | None,
+        two_pass: bool,
+    ) -> "Turn":
         index = bank.index() if until_s is None else bank.index().until(until_s)
         if len(index) == 0:
             raise StreamError("the stream has no frame to answer from: send frames first, or ask about a later time.")
@@ -129,9 +158,15 @@ class StreamAnswerer:
         if len(question_tokens) == 0:
             raise StreamError(f"{question} of a prompt of {prompt_ids_T.shape[0]} tokens holds no question.")
         prompt_TD = torch.cat((self._after_frames_SD, self._model.embed(prompt_ids_T)))
-        shift = self._after_frames_SD.shape[0]
-        rows_T = torch.tensor(question_tokens, device=self._model.device) + shift
-        recall = _Recall(self._model, bank, index, retriever, rows_T, prompt_TD.shape[0] + room_tokens)
+        rows_T = torch.tensor(question_tokens, device=self._model.device)
+        room_tokens += prompt_TD.shape[0]
+        if two_pass:
+            recall = _Recall(self._model, bank, index, retriever, rows_T - question_tokens[0], room_tokens)
+            self._model.run(self._model.embed(prompt_ids_T[question]), recall)
+            recall.forget_the_question()
+        else:
+            rows_T += self._after_frames_SD.shape[0]
+            recall = _Recall(self._model, bank, index, retriever, rows_T, room_tokens)
         return Turn(self._model, self._head, recall, prompt_TD, self._never_ids)
 
 
@@ -196,6 +231,11 @@ class _Recall:
             causal_TK = torch.ones(T, start + T, dtype=torch.bool, device=queries_HTC.device).tril(start)
         return attend(rotary.rotate(queries_HTC, start), context.keys_GKC, context.values_GKC, causal_TK, scale)
 
+    def forget_the_question(self) -> None:
+        """Leave every layer what it retrieved, and nothing that was read since."""
+        for context in self._contexts:
+            context.tokens = context.memory_tokens
+
     def _retrieve(self, layer: int, question_HTC: Tensor) -> "_LayerContext":
         rows_R, scores_R, ranks_R = self._retriever.select(layer, question_HTC, self._index)
         numbers: list[int] = self._index.numbers_N[rows_R].tolist()
@@ -215,6 +255,7 @@ class _Recall:
         memory_2GTC = torch.cat((sink_2GIC, blocks_2GTC), dim=2)
         context = _LayerContext(memory_2GTC.new_empty(2, G, held + self._room_tokens, C))
         context.append(self._model.rotary.rotate(memory_2GTC[0], 0), memory_2GTC[1])
+        context.memory_tokens = held
         return context
 
 
@@ -224,6 +265,7 @@ class _LayerContext:
     def __init__(self, buffer_2GKC: Tensor) -> None:
         self._buffer_2GKC = buffer_2GKC
         self.tokens = 0
+        self.memory_tokens = 0  # of them, those that were retrieved
 
     @property
     def keys_GKC(self) -> Tensor:

@@ -5,15 +5,15 @@ to cross a process boundary. `RamBank` holds the blocks of one stream in main me
 scores nor chooses, and nothing in it is changed by a question. Filled from `encoder`, read by `answerer`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sparsight.errors import StreamError
-from sparsight.kv.block import SINK_NUMBER, KvBlock
+from sparsight.kv.block import SINK_NUMBER, BlockHead, KvBlock
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class BlockIndex:
         """The blocks before the first that ends after `time_s`: what a question asked then may rest on."""
         N = int((self.spans_s_N2[:, 1] <= time_s).cumprod(0).sum())
         return BlockIndex(self.numbers_N[:N], self.spans_s_N2[:N], self.mean_keys_LNGC[:, :N])
+
+    def without(self, numbers: Collection[int]) -> "BlockIndex":
+        """The blocks but for these."""
+        rows_N = ~torch.isin(self.numbers_N, torch.tensor(sorted(numbers), dtype=torch.long))
+        return BlockIndex(self.numbers_N[rows_N], self.spans_s_N2[rows_N], self.mean_keys_LNGC[:, rows_N])
 
 
 class BlockBank(Protocol):
@@ -67,7 +72,8 @@ class BlockBank(Protocol):
         ...
 
     def gather(self, layer: int, numbers: Sequence[int]) -> Tensor:
-        """One layer's keys and values of several blocks, in the order given: a new tensor [R, 2, G, S, C]."""
+        """One layer's keys and values of several blocks, in the order given: a new tensor [R, 2, G, S, C] in the
+        model's type. Raises `LostBlockError` for a block whose page is damaged or missing; the index has it no more."""
         ...
 
     def clear(self) -> None:
@@ -95,12 +101,7 @@ class RamBank:
         last = next(reversed(self._blocks.values()), self.sink)
         if (block.number, block.digest) == (last.number, last.digest):
             return
-        self._check_shape(block, tokens=last.tokens if self._blocks else block.tokens)
-        if block.number <= last.number or block.start_s < last.start_s:
-            raise StreamError(
-                f"block {block.number} at {block.start_s:g} s cannot follow block {last.number} at {last.start_s:g} s: "
-                "put the blocks of a stream in time order."
-            )
+        check_follows(block, last.head)
         if self._nbytes + block.nbytes > self._budget_bytes:
             raise StreamError(
                 f"the stream's memory is full: {len(self)} blocks take {self._nbytes} of {self._budget_bytes} bytes, "
@@ -119,53 +120,70 @@ class RamBank:
         return self._blocks[number]
 
     def gather(self, layer: int, numbers: Sequence[int]) -> Tensor:
-        return torch.stack([self.get(number).page_L2GSC[layer] for number in numbers])
+        blocks = [self.get(number) for number in numbers]
+        return blocks[0].format.unpack(torch.stack([block.rows_LU[layer] for block in blocks]))
 
     def clear(self) -> None:
         self._blocks: dict[int, KvBlock] = {}
-        self._rows = _IndexRows(self.sink.mean_keys_LGC)
+        self._rows = IndexRows(self.sink.mean_keys_LGC)
         self._nbytes = self.sink.nbytes
 
-    def _check_shape(self, block: KvBlock, tokens: int) -> None:
-        L, _, G, _, C = self.sink.page_L2GSC.shape
-        wanted = ((L, 2, G, tokens, C), self.sink.page_L2GSC.dtype)
-        given = (tuple(block.page_L2GSC.shape), block.page_L2GSC.dtype)
-        if given != wanted:
-            raise StreamError(
-                f"block {block.number} has a page of {given}, this stream's have {wanted}: "
-                "encode a stream with one model and one frame size."
-            )
+
+def check_follows(block: KvBlock, last: BlockHead) -> None:
+    """Raises `StreamError` for a block that cannot come after `last`, the newest of the stream or its sink."""
+    wanted = last.format
+    if last.number == SINK_NUMBER:
+        wanted = replace(wanted, encoding=block.format.encoding, tokens=block.tokens)
+    if block.format != wanted:
+        raise StreamError(
+            f"block {block.number} has a page of {block.format}, this stream's have {wanted}: "
+            "encode a stream with one model, one frame size and one encoding."
+        )
+    if block.number <= last.number or block.start_s < last.start_s:
+        raise StreamError(
+            f"block {block.number} at {block.start_s:g} s cannot follow block {last.number} at {last.start_s:g} s: "
+            "put the blocks of a stream in time order."
+        )
 
 
-class _IndexRows:
+class IndexRows:
     """Index rows in tensors that double when they are full, so that a snapshot is a view and costs nothing.
 
     Rows are only ever added, and a full tensor is left as it is: no snapshot changes under its reader.
     """
 
-    def __init__(self, like_LGC: Tensor) -> None:
+    def __init__(self, like_LGC: Tensor, rows: int = 64) -> None:
         self._length = 0
-        self._allocate(64, like_LGC)
+        self._allocate(rows, like_LGC.shape)
+
+    def __len__(self) -> int:
+        return self._length
 
     def append(self, block: KvBlock) -> None:
-        row = self._length
-        if row == len(self._numbers_N):
+        span_s_12 = torch.tensor([[block.start_s, block.end_s]], dtype=torch.float64)
+        self.extend(torch.tensor([block.number]), span_s_12, block.mean_keys_LGC[None])
+
+    def extend(self, numbers_N: Tensor, spans_s_N2: Tensor, mean_keys_NLGC: Tensor) -> None:
+        """Append rows of many blocks at once."""
+        start, end = self._length, self._length + len(numbers_N)
+        if end > len(self._numbers_N):
             full = self.snapshot()
-            self._allocate(2 * row, block.mean_keys_LGC)
-            self._numbers_N[:row] = full.numbers_N
-            self._spans_s_N2[:row] = full.spans_s_N2
-            self._mean_keys_LNGC[:, :row] = full.mean_keys_LNGC
-        self._numbers_N[row] = block.number
-        self._spans_s_N2[row] = torch.tensor((block.start_s, block.end_s), dtype=torch.float64)
-        self._mean_keys_LNGC[:, row] = block.mean_keys_LGC
-        self._length = row + 1
+            L, _, G, C = full.mean_keys_LNGC.shape
+            self._allocate(max(end, 2 * len(self._numbers_N)), torch.Size((L, G, C)))
+            self._numbers_N[:start] = full.numbers_N
+            self._spans_s_N2[:start] = full.spans_s_N2
+            self._mean_keys_LNGC[:, :start] = full.mean_keys_LNGC
+        self._numbers_N[start:end] = numbers_N
+        self._spans_s_N2[start:end] = spans_s_N2
+        self._mean_keys_LNGC[:, start:end] = mean_keys_NLGC.transpose(0, 1)
+        self._length = end
 
     def snapshot(self) -> BlockIndex:
         N = self._length
         return BlockIndex(self._numbers_N[:N], self._spans_s_N2[:N], self._mean_keys_LNGC[:, :N])
 
-    def _allocate(self, rows: int, like_LGC: Tensor) -> None:
-        L, G, C = like_LGC.shape
+    def _allocate(self, rows: int, shape_LGC: torch.Size) -> None:
+        L, G, C = shape_LGC
         self._numbers_N = torch.empty(rows, dtype=torch.long)
         self._spans_s_N2 = torch.empty(rows, 2, dtype=torch.float64)
         self._mean_keys_LNGC = torch.empty(L, rows, G, C, dtype=torch.float32)

@@ -5,94 +5,144 @@ stored before rotation, so a reader may place the block at any position. It know
 Made by `encoder`, kept by `bank`, read by `answerer`.
 """
 
-import hashlib
+import json
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from sparsight.errors import StreamError
+from sparsight.kv.page import Encoding, PageFormat
 
 SINK_NUMBER = -1
 """The number of the block that holds the system prompt; frames count from 0."""
+
+DIGEST_BYTES = 16
+
+
+class BlockHead(NamedTuple):
+    """What the next block of a stream is compared with."""
+
+    number: int
+    start_s: float
+    format: PageFormat
+    digest: str
 
 
 @dataclass(frozen=True, eq=False)
 class KvBlock:
     """Keys and values of `S` consecutive tokens in all `L` layers, as one contiguous page in main memory.
 
-    `page_L2GSC[l, 0]` are layer l's keys before rotation, `page_L2GSC[l, 1]` its values; one layer is contiguous, so a
-    reader that needs one layer copies one run of bytes. `mean_keys_LGC` (float32) is the retrieval index: the mean
-    key over the tokens, for each key/value head. Times are seconds from the start of the stream.
+    `rows_LU` are the page's bytes in `format`: one layer is one run of bytes. `mean_keys_LGC` (float32) is the
+    retrieval index: the mean key over the tokens, for each key/value head, taken before the page was quantised. Times
+    are seconds from the start of the stream. `digest` names the content: equal rows and mean keys, equal digest.
     """
 
     number: int
     start_s: float
     end_s: float
-    page_L2GSC: Tensor
+    format: PageFormat
+    rows_LU: Tensor
     mean_keys_LGC: Tensor
     digest: str
 
     @classmethod
-    def from_page(cls, number: int, start_s: float, end_s: float, page_L2GSC: Tensor) -> "KvBlock":
-        """The block of a page that its maker gives up: the page is moved to main memory, indexed and hashed."""
-        page_L2GSC = page_L2GSC.detach().cpu().contiguous()
-        mean_keys_LGC = page_L2GSC[:, 0].float().mean(dim=2)
-        return cls(number, start_s, end_s, page_L2GSC, mean_keys_LGC, page_digest(page_L2GSC))
+    def from_page(
+        cls, number: int, start_s: float, end_s: float, page_L2GSC: Tensor, encoding: Encoding = "plain"
+    ) -> "KvBlock":
+        """The block of a page that its maker gives up: the page is indexed, encoded, moved to main memory, hashed."""
+        page_L2GSC = page_L2GSC.detach()
+        L, _, G, S, C = page_L2GSC.shape
+        page_format = PageFormat(encoding, page_L2GSC.dtype, L, G, S, C)
+        mean_keys_LGC = page_L2GSC[:, 0].float().mean(dim=2).cpu()
+        return cls.of_rows(number, start_s, end_s, page_format, page_format.pack(page_L2GSC).cpu(), mean_keys_LGC)
+
+    @classmethod
+    def of_rows(
+        cls,
+        number: int,
+        start_s: float,
+        end_s: float,
+        page_format: PageFormat,
+        rows_LU: Tensor,
+        mean_keys_LGC: Tensor,
+    ) -> "KvBlock":
+        """The block of rows that are encoded already."""
+        digest = block_digest(row_digests(rows_LU), mean_keys_LGC)
+        return cls(number, start_s, end_s, page_format, rows_LU, mean_keys_LGC, digest)
+
+    @property
+    def head(self) -> BlockHead:
+        return BlockHead(self.number, self.start_s, self.format, self.digest)
+
+    @property
+    def page_L2GSC(self) -> Tensor:
+        """`page_L2GSC[l, 0]` are layer l's keys before rotation, `page_L2GSC[l, 1]` its values, in the model's type.
+
+        A view of the rows where these are plain."""
+        return self.format.unpack(self.rows_LU)
 
     @property
     def keys_LGSC(self) -> Tensor:
-        """Un-rotated keys, a view of the page."""
+        """Un-rotated keys."""
         return self.page_L2GSC[:, 0]
 
     @property
     def values_LGSC(self) -> Tensor:
-        """Values, a view of the page."""
+        """Values."""
         return self.page_L2GSC[:, 1]
 
     @property
     def tokens(self) -> int:
-        return self.page_L2GSC.shape[3]
+        return self.format.tokens
 
     @property
     def nbytes(self) -> int:
         """Bytes of the page and of the index vector."""
-        return self.page_L2GSC.nbytes + self.mean_keys_LGC.nbytes
+        return self.rows_LU.nbytes + self.mean_keys_LGC.nbytes
 
     def to_bytes(self) -> bytes:
         """The block as one safetensors file, from which `from_bytes` makes an equal one."""
         return save(
             {
-                "page": self.page_L2GSC,
-                "number": torch.tensor([self.number]),
+                "rows": self.rows_LU,
+                "mean_keys": self.mean_keys_LGC,
                 "span_s": torch.tensor([self.start_s, self.end_s], dtype=torch.float64),
-                "digest": torch.tensor(list(bytes.fromhex(self.digest)), dtype=torch.uint8),
-            }
+            },
+            metadata={"number": str(self.number), "format": json.dumps(self.format.to_json()), "digest": self.digest},
         )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "KvBlock":
         """Read what `to_bytes` wrote.
 
-        Raises `StreamError` when the bytes are not a block, or when the page is not the one that was hashed.
+        Raises `StreamError` when the bytes are not a block, or when its content is not what was hashed.
         """
         try:
             tensors = load(data)
-            number, span_s, page = int(tensors["number"]), tensors["span_s"], tensors["page"]
-            digest = bytes(tensors["digest"].tolist()).hex()
+            about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            number, page_format = int(about["number"]), PageFormat.from_json(json.loads(about["format"]))
+            start_s, end_s = tensors["span_s"].tolist()
+            block = cls.of_rows(number, start_s, end_s, page_format, tensors["rows"], tensors["mean_keys"])
         except (SafetensorError, KeyError) as error:
             raise StreamError(f"these {len(data)} bytes are not a block: {error}. Encode the frame again.") from error
-        block = cls.from_page(number, float(span_s[0]), float(span_s[1]), page)
-        if block.digest != digest:
+        if block.digest != about["digest"]:
             raise StreamError(
-                f"block {number} does not match its digest {digest[:12]}: it was damaged on its way. "
+                f"block {number} does not match its digest {about['digest'][:12]}: it was damaged on its way. "
                 "Fetch another copy, or encode the frame again."
             )
         return block
 
 
-def page_digest(page_L2GSC: Tensor) -> str:
-    """blake2b-256 of the page's bytes, in hexadecimal: equal content has an equal name, whatever its place or time."""
-    return hashlib.blake2b(page_L2GSC.view(torch.uint8).numpy().data, digest_size=32).hexdigest()
+def row_digests(rows_LU: Tensor) -> bytes:
+    """xxh3-128 of each row, one after the other: finds damage, and is no protection against forgery."""
+    return b"".join(xxhash.xxh3_128_digest(row_U.data) for row_U in rows_LU.numpy())
+
+
+def block_digest(digests: bytes, mean_keys_LGC: Tensor) -> str:
+    """The name of a block's content, in hexadecimal, from its rows' digests."""
+    return xxhash.xxh3_128_hexdigest(digests + mean_keys_LGC.numpy().tobytes())

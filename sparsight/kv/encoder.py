@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from sparsight.errors import StreamError
 from sparsight.kv.attention import KvTextModel, attend
 from sparsight.kv.block import SINK_NUMBER, KvBlock
+from sparsight.kv.page import Encoding
 
 
 def encode_sink(model: KvTextModel, ids_T: Tensor) -> KvBlock:
@@ -40,11 +41,19 @@ class StreamEncoder:
     `window_tokens` bounds what a token sees and what is kept: that many tokens' keys and values, beside the sink's.
     `blocks` are what an earlier encoder of the same stream made, all of them or its newest `window_tokens` tokens'
     worth: this encoder goes on after them, to the same numbers.
+    `encoding` is how the blocks' pages are kept; the window itself is never quantised.
     Raises `StreamError` if the window has no room beside the sink or is longer than the model's longest context, or if
     `blocks` leave a gap in it.
     """
 
-    def __init__(self, model: KvTextModel, sink: KvBlock, window_tokens: int, blocks: Sequence[KvBlock] = ()) -> None:
+    def __init__(
+        self,
+        model: KvTextModel,
+        sink: KvBlock,
+        window_tokens: int,
+        blocks: Sequence[KvBlock] = (),
+        encoding: Encoding = "plain",
+    ) -> None:
         if not sink.tokens < window_tokens <= model.max_tokens:
             raise StreamError(
                 f"a window of {window_tokens} tokens is impossible beside a system prompt of {sink.tokens} in a model "
@@ -52,6 +61,7 @@ class StreamEncoder:
             )
         self._model = model
         self._window_tokens = window_tokens
+        self._encoding: Encoding = encoding
         self._sink_L2GSC = sink.page_L2GSC.to(model.device)
         self._kept_L2GWC = list(self._sink_L2GSC)
         self._seen_tokens = sink.tokens
@@ -88,7 +98,7 @@ class StreamEncoder:
         self._next_number += F
         self._last_start_s = last_start_s
         return [
-            KvBlock.from_page(number, start_s, end_s, page)
+            KvBlock.from_page(number, start_s, end_s, page, self._encoding)
             for number, (start_s, end_s), page in zip(numbers, spans_s, pages_L2GSC, strict=True)
         ]
 

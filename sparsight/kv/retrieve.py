@@ -1,7 +1,8 @@
 """Which blocks a question needs: scores of all blocks in one layer, and the choice among them.
 
-Pure functions on tensors, and `BestAndRecent`, the choice that ReKV makes (internal retrieval: the layer's own queries
-against its own mean keys) with the newest frames always included. It moves no page and knows no bank.
+Pure functions on tensors, and three choices: `BestAndRecent`, which ReKV makes (internal retrieval: the layer's own
+queries against its own mean keys) with the newest frames always included; `ByEmbedding`, from vectors of another model
+(external retrieval); `ByNumber`, given from outside (the oracle). It moves no page and knows no bank.
 Called by `answerer`, once a layer.
 """
 
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsight.errors import StreamError
 from sparsight.kv.bank import BlockIndex
@@ -37,23 +39,78 @@ class Retriever(Protocol):
 class BestAndRecent:
     """The `best` best-scored blocks and, besides, the `recent` newest; all blocks when there are no more than that.
 
-    The number chosen depends on the number of blocks only, so every layer has a context of the same length.
+    `group` neighbours share the mean of their scores (ReKV's b). With `mass`, a layer stops earlier: at the block with
+    which those it takes, the newest among them, have that share of its estimated attention (as V-Rex does, arXiv
+    2512.12284). Without it, the number chosen depends on the number of blocks only, so every layer has a context of the
+    same length.
     """
 
     best: int
     recent: int = 0
     similarity: Similarity = "cosine"
+    group: int = 1
+    mass: float | None = None
 
     def __post_init__(self) -> None:
-        if min(self.best, self.recent) < 0 or self.best + self.recent == 0:
+        _check_choice(self.best, self.recent, self.group)
+        if self.mass is not None and not 0 < self.mass <= 1:
+            raise StreamError(f"a share of {self.mass:g} of the attention is impossible: choose one in (0, 1].")
+
+    def select(self, layer: int, queries_HTC: Tensor, index: BlockIndex) -> Selection:
+        mean_keys_NGC = index.mean_keys_LNGC[layer]
+        scores_N = score_blocks(queries_HTC, mean_keys_NGC, self.similarity)
+        shares_N = None if self.mass is None else attention_shares(queries_HTC, mean_keys_NGC)
+        return select_blocks(scores_N, self.best, self.recent, self.group, shares_N, self.mass or 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class ByEmbedding:
+    """External retrieval (ReKV, section 3.2): the same blocks in every layer, by the cosine of a frame's embedding and
+    the question's, from any model that embeds both.
+
+    `frames_ND[n]` belongs to block number n.
+    """
+
+    frames_ND: Tensor
+    question_D: Tensor
+    best: int
+    recent: int = 0
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        _check_choice(self.best, self.recent, self.group)
+        if self.question_D.shape != self.frames_ND.shape[1:]:
             raise StreamError(
-                f"retrieving {self.best} best and {self.recent} recent blocks leaves none to attend to: "
-                "ask for at least one."
+                f"a question's embedding of {tuple(self.question_D.shape)} cannot be compared with frames' of "
+                f"{tuple(self.frames_ND.shape)}: embed both with one model."
             )
 
     def select(self, layer: int, queries_HTC: Tensor, index: BlockIndex) -> Selection:
-        scores_N = score_blocks(queries_HTC, index.mean_keys_LNGC[layer], self.similarity)
-        return select_blocks(scores_N, self.best, self.recent)
+        last = int(index.numbers_N[-1])
+        if last >= len(self.frames_ND):
+            raise StreamError(f"block {last} has no embedding among {len(self.frames_ND)}: embed every frame.")
+        frames_ND = self.frames_ND[index.numbers_N].float()
+        scores_N = functional.cosine_similarity(frames_ND, self.question_D.float()[None], dim=1)
+        return select_blocks(scores_N, self.best, self.recent, self.group)
+
+
+@dataclass(frozen=True)
+class ByNumber:
+    """Oracle retrieval: these blocks in every layer, in time order, as far as the index has them.
+
+    All have the score 1; ranks follow the order in which the numbers are given.
+    """
+
+    numbers: tuple[int, ...]
+
+    def select(self, layer: int, queries_HTC: Tensor, index: BlockIndex) -> Selection:
+        place_of = {number: place for place, number in enumerate(dict.fromkeys(self.numbers))}
+        places_N = [place_of.get(number, -1) for number in index.numbers_N.tolist()]
+        rows_R = (torch.tensor(places_N) >= 0).nonzero().flatten()
+        if len(rows_R) == 0:
+            raise StreamError(f"none of the blocks {list(self.numbers)} can be seen: give numbers from the index.")
+        order_R = torch.tensor(places_N)[rows_R].argsort()
+        return Selection(rows_R, torch.ones(len(rows_R)), order_R.argsort())
 
 
 def score_blocks(queries_HTC: Tensor, mean_keys_NGC: Tensor, similarity: Similarity = "cosine") -> Tensor:
@@ -74,14 +131,58 @@ def score_blocks(queries_HTC: Tensor, mean_keys_NGC: Tensor, similarity: Similar
     return dots_N / (expanded_norms_N * mean_HC.norm()).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def select_blocks(scores_N: Tensor, best: int, recent: int) -> Selection:
-    """The last `recent` of N blocks, and the `best` best-scored of the others; of equal scores the earlier wins."""
+def attention_shares(queries_HTC: Tensor, mean_keys_NGC: Tensor) -> Tensor:
+    """Share [N] of a layer's attention that each block gets, estimated before rotation from mean query and mean keys.
+
+    A softmax over blocks in each head, averaged over the heads: blocks of one stream have equally many tokens.
+    """
+    H, _, C = queries_HTC.shape
+    G = mean_keys_NGC.shape[1]
+    queries_GQC = queries_HTC.float().mean(dim=1).to(mean_keys_NGC.device).view(G, H // G, C)
+    logits_NGQ = torch.einsum("gqc,ngc->ngq", queries_GQC, mean_keys_NGC) * C**-0.5
+    return logits_NGQ.softmax(dim=0).mean(dim=(1, 2))
+
+
+def select_blocks(
+    scores_N: Tensor, best: int, recent: int, group: int = 1, shares_N: Tensor | None = None, mass: float = 1.0
+) -> Selection:
+    """The last `recent` of N blocks, and the `best` best-scored of the others; of equal scores the earlier wins.
+
+    Blocks are taken in the order of their group's mean score, and inside a group in that of their own: the last group
+    may be smaller than `group`, and one that does not fit any more gives its best blocks. With `shares_N`, no more are
+    taken than it needs for their shares to reach `mass`.
+    """
     N = scores_N.shape[0]
     order_N = torch.sort(scores_N, descending=True, stable=True).indices
+    if group > 1:
+        scores_N = group_means(scores_N, group)
+        order_N = order_N[torch.sort(order_N // group, stable=True).indices]
+        order_N = order_N[torch.sort(scores_N[order_N], descending=True, stable=True).indices]
     ranks_N = torch.empty_like(order_N)
     ranks_N[order_N] = torch.arange(N, device=order_N.device)
     chosen_N = torch.zeros(N, dtype=torch.bool, device=order_N.device)
     chosen_N[max(0, N - recent) :] = True
-    chosen_N[order_N[~chosen_N[order_N]][:best]] = True
+    others_R = order_N[~chosen_N[order_N]][:best]
+    if shares_N is not None:
+        before_R = shares_N[chosen_N].sum() + shares_N[others_R].cumsum(0) - shares_N[others_R]
+        enough_R = before_R >= mass
+        enough_R[: 1 if recent == 0 else 0] = False  # something must be attended to
+        others_R = others_R[~enough_R]
+    chosen_N[others_R] = True
     rows_R = chosen_N.nonzero().flatten()
     return Selection(rows_R, scores_N[rows_R], ranks_N[rows_R])
+
+
+def group_means(scores_N: Tensor, group: int) -> Tensor:
+    """The mean score [N] of the group of neighbours that each block belongs to; the last group may be smaller."""
+    groups_N = torch.arange(len(scores_N), device=scores_N.device) // group
+    sums = scores_N.new_zeros(int(groups_N[-1]) + 1).index_add(0, groups_N, scores_N)
+    return (sums / groups_N.bincount())[groups_N]
+
+
+def _check_choice(best: int, recent: int, group: int) -> None:
+    if min(best, recent) < 0 or best + recent == 0 or group < 1:
+        raise StreamError(
+            f"retrieving {best} best and {recent} recent blocks in groups of {group} leaves none to attend to: "
+            "ask for at least one."
+        )

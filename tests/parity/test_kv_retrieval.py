@@ -7,10 +7,12 @@ from torch import Tensor
 from sparsight.kv.answerer import StreamAnswerer
 from sparsight.kv.bank import RamBank
 from sparsight.kv.block import KvBlock
+from sparsight.kv.reference import full_attention_answer
 from sparsight.kv.retrieve import BestAndRecent, Similarity, score_blocks, select_blocks
 from tests.unit.kv.tiny_stream import (
     ARCHITECTURES,
     PROMPT_IDS,
+    SINK_IDS,
     TinyStream,
     bank_of,
     encode,
@@ -113,6 +115,33 @@ def test_one_pass_retrieves_what_a_pass_over_the_question_alone_does(
 
     only = answerer.begin(bank_of(sink, blocks), PROMPT_IDS[question], retriever, room_tokens=0)
     torch.testing.assert_close(only.logits_V, stream.head(hidden_TD[-1]).detach(), atol=5e-5, rtol=5e-5)
+
+    twice = answerer.begin(
+        bank_of(sink, blocks), PROMPT_IDS, retriever, question=question, room_tokens=0, two_pass=True
+    )
+    assert [list(layer.numbers) for layer in twice.evidence] == alone.taken
+    torch.testing.assert_close(twice.logits_V, turn.logits_V, atol=5e-5, rtol=5e-5)
+
+
+def test_in_two_passes_the_bare_question_retrieves_and_the_whole_prompt_is_answered() -> None:
+    """The question stands inside the prompt; what is before it and behind it has no part in retrieval."""
+    stream = tiny_stream()
+    frames_FSD = frames_of(stream, 12)
+    sink, blocks = encode(stream, frames_FSD)
+    question = slice(2, 5)
+    alone = QuestionPass(stream, sink, blocks, BestAndRecent(3))
+    stream.kv_model.run(stream.kv_model.embed(PROMPT_IDS[question]), alone)
+    answerer = StreamAnswerer(stream.kv_model, stream.head, torch.randn(1, stream.kv_model.width))
+    turn = answerer.begin(
+        bank_of(sink, blocks), PROMPT_IDS, BestAndRecent(3), question=question, room_tokens=0, two_pass=True
+    )
+    assert [list(layer.numbers) for layer in turn.evidence] == alone.taken
+
+    whole = StreamAnswerer(stream.kv_model, stream.head).ask(
+        bank_of(sink, blocks), PROMPT_IDS, BestAndRecent(12), max_new_tokens=4, question=question, two_pass=True
+    )
+    expected = full_attention_answer(stream.text_model, stream.head, SINK_IDS, frames_FSD, PROMPT_IDS, 4)
+    assert whole.ids == expected
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])

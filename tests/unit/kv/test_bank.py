@@ -4,18 +4,10 @@ import pytest
 import torch
 
 from sparsight.errors import StreamError
-from sparsight.kv.bank import BlockBank, RamBank
-from sparsight.kv.block import SINK_NUMBER, KvBlock
-
-
-def block_of(number: int, tokens: int = 3, layers: int = 2, dtype: torch.dtype = torch.float32) -> KvBlock:
-    generator = torch.Generator().manual_seed(number + 1)
-    page_L2GSC = torch.randn(layers, 2, 2, tokens, 4, generator=generator).to(dtype)
-    return KvBlock.from_page(number, 2.0 * number, 2.0 * number + 2, page_L2GSC)
-
-
-def sink_of(tokens: int = 5) -> KvBlock:
-    return block_of(SINK_NUMBER, tokens)
+from sparsight.kv.bank import RamBank
+from sparsight.kv.block import KvBlock
+from sparsight.kv.page import Encoding
+from tests.unit.kv.random_blocks import block_of, contents, sink_of
 
 
 def bank_of(blocks: int, budget_bytes: int = 2**20) -> RamBank:
@@ -23,12 +15,6 @@ def bank_of(blocks: int, budget_bytes: int = 2**20) -> RamBank:
     for number in range(blocks):
         bank.put(block_of(number))
     return bank
-
-
-def contents(bank: BlockBank) -> tuple[object, ...]:
-    index = bank.index()
-    digests = [bank.get(number).digest for number in index.numbers_N.tolist()]
-    return digests, index.spans_s_N2.tolist(), index.mean_keys_LNGC.tolist(), bank.nbytes, len(bank)
 
 
 def test_what_was_put_is_there() -> None:
@@ -50,6 +36,21 @@ def test_gather_keeps_the_order_asked_for_and_copies() -> None:
     assert torch.equal(pages_R2GSC, torch.stack([block_of(number).page_L2GSC[1] for number in (4, 0, 4)]))
     pages_R2GSC.zero_()
     assert bank.get(4).digest == KvBlock.from_page(4, 0, 0, bank.get(4).page_L2GSC).digest
+
+
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+def test_quantised_blocks_are_gathered_in_the_models_type(encoding: Encoding) -> None:
+    bank = RamBank(sink_of(), 2**20)
+    pages = [block_of(number).page_L2GSC for number in range(4)]
+    for number, page_L2GSC in enumerate(pages):
+        bank.put(KvBlock.from_page(number, 2.0 * number, 2.0 * number + 2, page_L2GSC, encoding))
+    pages_R2GSC = bank.gather(1, [3, 0])
+    assert pages_R2GSC.dtype == torch.float32
+    assert torch.equal(pages_R2GSC, torch.stack([bank.get(number).page_L2GSC[1] for number in (3, 0)]))
+    torch.testing.assert_close(pages_R2GSC, torch.stack([pages[3][1], pages[0][1]]), atol=0.5, rtol=0.0)
+    assert torch.equal(bank.index().mean_keys_LNGC, bank_of(4).index().mean_keys_LNGC)
+    with pytest.raises(StreamError, match="one encoding"):
+        bank.put(block_of(4))
 
 
 def test_a_snapshot_stays_as_it_was() -> None:

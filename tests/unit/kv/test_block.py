@@ -7,11 +7,12 @@ import torch
 
 from sparsight.errors import StreamError
 from sparsight.kv.block import KvBlock
+from sparsight.kv.page import Encoding
 
 
-def block_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> KvBlock:
+def block_of(dtype: torch.dtype = torch.float32, seed: int = 0, encoding: Encoding = "plain") -> KvBlock:
     page_L2GSC = torch.randn(3, 2, 2, 5, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return KvBlock.from_page(7, 1.25, 2.5, page_L2GSC)
+    return KvBlock.from_page(7, 1.25, 2.5, page_L2GSC, encoding)
 
 
 def test_keys_and_values_are_views_of_one_page() -> None:
@@ -35,6 +36,15 @@ def test_the_index_vector_is_the_mean_key() -> None:
     torch.testing.assert_close(block.mean_keys_LGC, block.keys_LGSC.float().mean(2))
 
 
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+def test_the_mean_key_is_taken_before_quantising(encoding: Encoding) -> None:
+    block, quantised = block_of(), block_of(encoding=encoding)
+    assert torch.equal(quantised.mean_keys_LGC, block.mean_keys_LGC)
+    assert not torch.allclose(quantised.keys_LGSC.mean(2), block.mean_keys_LGC, rtol=1e-5)
+    torch.testing.assert_close(quantised.page_L2GSC, block.page_L2GSC, atol=0.5, rtol=0.0)
+    assert quantised.nbytes < block.nbytes
+
+
 def test_equal_pages_have_equal_digests() -> None:
     block = block_of()
     later = KvBlock.from_page(8, 9.0, 9.5, block.page_L2GSC.clone())
@@ -47,15 +57,16 @@ def test_equal_pages_have_equal_digests() -> None:
 
 
 def fields(block: KvBlock) -> tuple[object, ...]:
-    return block.number, block.start_s, block.end_s, block.digest, block.page_L2GSC.dtype, block.page_L2GSC.shape
+    return block.number, block.start_s, block.end_s, block.digest, block.format
 
 
+@pytest.mark.parametrize("encoding", ["plain", "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_bytes_give_the_same_block_back(dtype: torch.dtype) -> None:
-    block = block_of(dtype)
+def test_bytes_give_the_same_block_back(dtype: torch.dtype, encoding: Encoding) -> None:
+    block = block_of(dtype, encoding=encoding)
     for copy in (KvBlock.from_bytes(block.to_bytes()), pickle.loads(pickle.dumps(block))):
         assert fields(copy) == fields(block)
-        assert torch.equal(copy.page_L2GSC.view(torch.uint8), block.page_L2GSC.view(torch.uint8))
+        assert torch.equal(copy.rows_LU, block.rows_LU)
         assert torch.equal(copy.mean_keys_LGC, block.mean_keys_LGC)
 
 

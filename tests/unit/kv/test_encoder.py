@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsight.errors import StreamError
+from sparsight.kv.block import KvBlock
 from sparsight.kv.encoder import StreamEncoder, encode_sink
 from tests.unit.kv.tiny_stream import SINK_IDS, TinyStream, encode, frames_of, spans_of, tiny_stream
 
@@ -60,3 +61,16 @@ def test_blocks_that_do_not_fill_the_window_are_refused(stream: TinyStream, kept
     sink, blocks = encode(stream, frames_of(stream, 5), 16)
     with pytest.raises(StreamError, match="do not fill the stream's window of 16 tokens"):
         StreamEncoder(stream.kv_model, sink, 16, [blocks[number] for number in kept])
+
+
+def test_quantised_pages_leave_the_window_as_it_is(stream: TinyStream) -> None:
+    """However pages are kept, later frames see the window's own numbers."""
+    frames_FSD = frames_of(stream, 6)
+    sink = encode_sink(stream.kv_model, SINK_IDS)
+    plain, coarse = (
+        StreamEncoder(stream.kv_model, sink, 14, encoding=encoding).encode(frames_FSD, spans_of(6))
+        for encoding in ("plain", "int4")
+    )
+    for block, exact in zip(coarse, plain, strict=True):
+        again = KvBlock.from_page(block.number, block.start_s, block.end_s, exact.page_L2GSC, "int4")
+        assert block.digest == again.digest

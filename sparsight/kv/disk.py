@@ -1,0 +1,199 @@
+"""The slow tiers of one stream: its folder, and a store that full segments have been copied to before they leave it.
+
+A page is read from the folder; a segment that has left it, or is damaged, comes back from the store first. It keeps no
+page in memory. Written to by one thread, read by any number. Used by `tiers`.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from sparsight.errors import StreamError
+from sparsight.kv.archive import SegmentArchive, fetch_missing
+from sparsight.kv.block import KvBlock
+from sparsight.kv.page import PageFormat
+from sparsight.kv.segments import Records, SegmentFolder, locked, record_type
+from sparsight.storage import LocalStorage, Storage
+
+
+@dataclass(frozen=True)
+class DiskBudget:
+    """`disk_bytes` bounds the stream, or, with a store, what of it is in the folder; then `store_bytes` bounds it."""
+
+    disk_bytes: int
+    store_bytes: int = 0
+    segment_bytes: int = 2**26
+
+
+class DiskTier:
+    """Made by `create` or `restore`; `close` lets another process open the stream."""
+
+    def __init__(self, folder: SegmentFolder, budget: DiskBudget, store: Storage | None) -> None:
+        self._folder = folder
+        self._budget = budget
+        self._archive = None if store is None else SegmentArchive(store)
+        self._moving = threading.RLock()  # segments leave the folder and come back one at a time
+        self._mutex = threading.Lock()  # of what follows
+        self._mended: set[int] = set()
+        self._uploader = ThreadPoolExecutor(1, "stream-upload")
+        self._here: OrderedDict[int, None] = OrderedDict()  # full segments in the folder, least recently used first
+
+    @classmethod
+    def create(cls, folder: Path, sink: KvBlock, budget: DiskBudget, store: Storage | None) -> Self:
+        """A new stream. Raises `StreamError` where there is one, or for a budget that segments cannot move in."""
+        if store is not None and any(store.keys()):
+            raise StreamError(f"'{store.uri}' is not empty: restore the stream in it, or choose another place.")
+        _check_budget(budget, store)
+        with locked(folder) as lock:
+            return cls(SegmentFolder.create(folder, lock, sink, budget.segment_bytes), budget, store)
+
+    @classmethod
+    def restore(cls, folder: Path, budget: DiskBudget, store: Storage | None) -> Self:
+        """The stream that is in the folder or, where the folder lacks something, in the store."""
+        _check_budget(budget, store)
+        with locked(folder) as lock:
+            if store is not None:
+                fetch_missing(store, LocalStorage(folder))
+            return cls(SegmentFolder.open(folder, lock), budget, store)
+
+    @property
+    def sink(self) -> KvBlock:
+        return self._folder.sink
+
+    @property
+    def format(self) -> PageFormat | None:
+        """None before the first page."""
+        return self._folder.format
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What the stream may grow to."""
+        return self._budget.disk_bytes if self._archive is None else self._budget.store_bytes
+
+    def digests(self, number: int) -> bytes:
+        """The digests of a page's rows."""
+        return self._folder.places[number].digests
+
+    def load(self) -> Iterator[Records]:
+        """What the indexes say, a segment at a time; once, after `restore`."""
+        yield from self._folder.load()
+        for segment in range(self._folder.full_segments):
+            if self._folder.pages_path(segment).exists():
+                self._use(segment)
+
+    def check_capacity(self, page_format: PageFormat, pages: int) -> None:
+        """Raises `StreamError` where a stream of so many pages takes no other."""
+        entry_bytes = page_format.page_bytes + record_type(page_format).itemsize
+        if (pages + 1) * entry_bytes > self.capacity_bytes:
+            raise StreamError(
+                f"the stream's memory is full: {pages} blocks take {pages * entry_bytes} of {self.capacity_bytes} "
+                f"bytes, the next takes {entry_bytes}. Close the stream, or give it a larger budget."
+            )
+
+    def is_near(self, number: int) -> bool:
+        """Whether a page is read without asking the store."""
+        segment = self._folder.places[number].segment
+        return segment in self._here or self._archive is None or segment not in self._archive.full
+
+    def append(self, blocks: Sequence[KvBlock]) -> int:
+        """Make the first of these blocks durable; returns how many. Raises `StorageError` or `StreamError` where there
+        is no room; then nothing has changed."""
+        if self._archive is not None:
+            with self._moving:
+                self._make_room()
+        written = self._folder.append(blocks)
+        if self._folder.open_pages == 0:
+            self._use(self._folder.full_segments - 1)
+            if self._archive is not None:
+                self._uploader.submit(self._archive.upload, self._folder, with_open=False)
+        return written
+
+    def upload(self) -> None:
+        """Return when everything that was appended is in the store. Raises `StorageError`."""
+        if self._archive is not None:
+            self._uploader.submit(self._archive.upload, self._folder, with_open=True).result()
+
+    def read(self, number: int, first_layer: int, rows: Sequence[Tensor]) -> str | None:
+        """Fill `rows` (each [U]) with a page's rows from `first_layer` on; None, or why the page is lost.
+
+        Raises `StorageError` where the store does not answer: then nothing is lost.
+        """
+        segment = self._folder.places[number].segment
+        with self._mutex:
+            if segment in self._here:
+                self._here.move_to_end(segment)
+        state = self._folder.read(number, first_layer, rows)
+        if state != "whole" and self._archive is not None and segment in self._archive.full:
+            with self._moving:
+                state = self._folder.read(number, first_layer, rows)
+                if state == "absent" or (state == "damaged" and segment not in self._mended):
+                    self._fetch(self._archive, segment, mend=state == "damaged")
+                    state = self._folder.read(number, first_layer, rows)
+        if state == "whole":
+            return None
+        return f"its page in '{self._folder.pages_path(segment)}' is {'missing' if state == 'absent' else 'damaged'}"
+
+    def clear(self) -> None:
+        """Remove all pages, also from the store."""
+        self._uploader.submit(lambda: None).result()
+        if self._archive is not None:
+            self._archive.clear()
+        self._folder.clear()
+        self._here.clear()
+        self._mended.clear()
+
+    def close(self) -> None:
+        self._uploader.shutdown()
+        self._folder.close()
+
+    def _fetch(self, archive: SegmentArchive, segment: int, *, mend: bool) -> None:
+        if mend:
+            self._mended.add(segment)
+        else:
+            self._make_room()
+        if archive.fetch_pages(self._folder, segment):
+            self._use(segment)
+
+    def _use(self, segment: int) -> None:
+        with self._mutex:
+            self._here[segment] = None
+            self._here.move_to_end(segment)
+
+    def _make_room(self) -> None:
+        """Let full segments that are in the store leave the folder until it has room for another."""
+        assert self._archive is not None
+        page_format = self._folder.format
+        if page_format is None:
+            return
+        per_segment = self._folder.pages_per_segment * page_format.page_bytes
+        indexes_bytes = len(self._folder.places) * record_type(page_format).itemsize
+        limit_bytes = self._budget.disk_bytes - per_segment
+        fixed_bytes = self._folder.open_pages * page_format.page_bytes + indexes_bytes
+        while self._here and fixed_bytes + len(self._here) * per_segment > limit_bytes:
+            with self._mutex:
+                segment = next((segment for segment in self._here if segment in self._archive.full), None)
+                if segment is not None:
+                    del self._here[segment]
+            if segment is None:
+                self._uploader.submit(self._archive.upload, self._folder, with_open=False).result()
+            else:
+                self._folder.pages_path(segment).unlink(missing_ok=True)
+        if fixed_bytes > limit_bytes:
+            raise StreamError(
+                f"{self._budget.disk_bytes} bytes of disk have no room beside {fixed_bytes} that must stay: give the "
+                "stream more, or close it."
+            )
+
+
+def _check_budget(budget: DiskBudget, store: Storage | None) -> None:
+    if store is not None and budget.disk_bytes < 3 * budget.segment_bytes:
+        raise StreamError(
+            f"a disk budget of {budget.disk_bytes} bytes has no room for three segments of {budget.segment_bytes}: one "
+            "is written, one copied to the store, one read back. Give more, or make segments smaller."
+        )

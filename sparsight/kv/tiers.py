@@ -1,0 +1,386 @@
+"""A stream that is larger than main memory: a `BlockBank` over accelerator, main memory, disk and object store.
+
+Rows (one layer of one block) are cached upwards when they are read. Blocks go down behind the caller's back; `flush`
+waits until they are durable. `restore` opens what another process left, killed or not. A page that is damaged or
+missing is never used: its block is lost, and the stream goes on without it. One process holds a stream at a time; in
+it, one thread puts and any number read, and `clear` and `close` come after all of them. `disk` is below main memory.
+"""
+
+import itertools
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from sparsight.errors import LostBlockError, StorageError, StreamError
+from sparsight.kv.bank import BlockIndex, IndexRows, check_follows
+from sparsight.kv.block import BlockHead, KvBlock, block_digest
+from sparsight.kv.disk import DiskBudget, DiskTier
+from sparsight.kv.page import PageFormat
+from sparsight.kv.row_cache import Key, RowCache
+from sparsight.storage import Storage
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """`ram_bytes` covers the index, blocks on their way to the disk, and cached rows; the rows of the newest
+    `recent_blocks` stay as far as there is room. `device_bytes` are for rows on the accelerator."""
+
+    ram_bytes: int
+    device_bytes: int = 0
+    recent_blocks: int = 8
+
+
+class TieredBank:
+    """One stream. Made by `create` or `restore`, given back by `close`."""
+
+    def __init__(self, disk: DiskTier, memory: MemoryBudget, device: torch.device) -> None:
+        """Only `create` and `restore` call it."""
+        self.sink = disk.sink
+        self._disk = disk
+        self._memory = memory
+        self._device = device
+        self._mutex = threading.RLock()
+        self._putting = threading.Lock()
+        self._writer = ThreadPoolExecutor(1, "stream-write")
+        self._prefetcher = ThreadPoolExecutor(1, "stream-prefetch")
+        self._forget()
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        sink: KvBlock,
+        memory: MemoryBudget,
+        disk: DiskBudget,
+        store: Storage | None = None,
+        device: torch.device = CPU,
+    ) -> Self:
+        """A new stream in a folder and, with `store`, at an empty prefix; `gather` returns tensors on `device`.
+
+        Raises `StreamError` where there is a stream already, `StorageError` where nothing can be written.
+        """
+        return cls(DiskTier.create(folder, sink, disk, store), memory, device)
+
+    @classmethod
+    def restore(
+        cls,
+        folder: Path,
+        memory: MemoryBudget,
+        disk: DiskBudget,
+        store: Storage | None = None,
+        device: torch.device = CPU,
+    ) -> Self:
+        """The stream that is in a folder or, where the folder lacks something, in the store.
+
+        The newest pages that main memory has room for are read and checked, the others when they are asked for.
+        Raises `StreamError` where there is no stream, or while another process has it.
+        """
+        bank = cls(DiskTier.restore(folder, disk, store), memory, device)
+        try:
+            bank._load()
+        except BaseException:
+            bank.close()
+            raise
+        return bank
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def lost(self) -> Mapping[int, str]:
+        """The blocks that are gone, and why."""
+        return MappingProxyType(self._lost)
+
+    @property
+    def nbytes(self) -> int:
+        block_bytes = 0 if self._format is None else self._format.page_bytes + self.sink.mean_keys_LGC.nbytes
+        return self.sink.nbytes + len(self) * block_bytes
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def put(self, block: KvBlock) -> None:
+        """As `BlockBank.put`. The block is not durable yet. While blocks cannot be written, the next put tries again
+        first, and raises `StreamError` without keeping its own."""
+        with self._putting:
+            if (block.number, block.digest) == (self._last.number, self._last.digest):
+                return
+            check_follows(block, self._last)
+            self._check_memory(block.format)
+            self._disk.check_capacity(block.format, len(self._index))
+            waiting_bytes = (len(self._waiting) + 1) * block.format.page_bytes
+            if self._fault is not None or waiting_bytes > self._waiting_bytes(block.format):
+                self.flush()
+            with self._mutex:
+                if self._format is None:
+                    self._open_memory(block.format)
+                self._waiting[block.number] = block
+                self._rows[block.number] = len(self._index)
+                self._index.append(block)
+                self._take_as_newest(block.head)
+            self._writer.submit(self._write)
+
+    def flush(self) -> None:
+        """Return when every block put so far survives the end of this process. Raises `StreamError` if one cannot."""
+        self._writer.submit(self._write).result()
+
+    def upload(self) -> None:
+        """Return when every block put so far is in the object store, too. Raises `StreamError` or `StorageError`."""
+        self.flush()
+        self._disk.upload()
+
+    def index(self) -> BlockIndex:
+        with self._mutex:
+            index = self._index.snapshot()
+            if not self._lost:
+                return index
+            if self._left is None or self._left[0] != (len(index), len(self._lost)):
+                self._left = (len(index), len(self._lost)), index.without(self._lost)
+            return self._left[1]
+
+    def get(self, number: int) -> KvBlock:
+        with self._mutex:
+            page_format = self._known(number)
+            if number in self._waiting:
+                return self._waiting[number]
+            row, index = self._rows[number], self._index.snapshot()
+        rows_LU = torch.cat([self._ram_rows(layer, [number]) for layer in range(page_format.layers)])
+        start_s, end_s = index.spans_s_N2[row].tolist()
+        mean_keys_LGC = index.mean_keys_LNGC[:, row].clone()
+        digest = block_digest(self._disk.digests(number), mean_keys_LGC)
+        return KvBlock(number, start_s, end_s, page_format, rows_LU, mean_keys_LGC, digest)
+
+    def gather(self, layer: int, numbers: Sequence[int]) -> Tensor:
+        with self._mutex:
+            page_format = self._known(*numbers)
+        if self._near is None:
+            rows_RU = self._ram_rows(layer, numbers).to(self._device)
+        else:
+            rows_RU = self._through(self._near, layer, numbers, self._ram_rows)
+        return page_format.unpack(rows_RU)
+
+    def prefetch(self, numbers: Sequence[int]) -> "Future[None]":
+        """Bring whole blocks into main memory behind the caller's back; blocks that turn out lost are left out."""
+        return self._prefetcher.submit(self._fetch_blocks, list(numbers))
+
+    def verify(self) -> Mapping[int, str]:
+        """Read every page from where it is durable and check it; what is not whole is lost then. Returns `lost`."""
+        self.flush()
+        for number in self.index().numbers_N.tolist():
+            page_format = self._known(number)
+            rows_LU = torch.empty(page_format.layers, page_format.row_bytes, dtype=torch.uint8)
+            reason = self._disk.read(number, 0, list(rows_LU))
+            if reason is not None:
+                self._lose(number, reason)
+        return self.lost
+
+    def clear(self) -> None:
+        with self._putting:
+            self._prefetcher.submit(lambda: None).result()
+            self._writer.submit(lambda: None).result()
+            self._disk.clear()
+            self._forget()
+
+    def close(self) -> None:
+        """Write what waits, end the threads, let another process open the stream. Raises `StreamError` for blocks that
+        could not be written; they are gone then."""
+        try:
+            self.flush()
+        finally:
+            self._prefetcher.shutdown()
+            self._writer.shutdown()
+            self._disk.close()
+
+    def _forget(self) -> None:
+        self._format: PageFormat | None = None
+        self._last: BlockHead = self.sink.head
+        self._index = IndexRows(self.sink.mean_keys_LGC)
+        self._rows: dict[int, int] = {}  # of the index, by number; without lost blocks
+        self._waiting: OrderedDict[int, KvBlock] = OrderedDict()  # put, and not durable yet
+        self._recent: deque[int] = deque(maxlen=self._memory.recent_blocks)
+        self._lost: dict[int, str] = {}
+        self._left: tuple[tuple[int, int], BlockIndex] | None = None  # the index without lost blocks, and of when
+        self._fault: StreamError | None = None
+        self._ram = RowCache(1, 0, CPU)
+        self._near: RowCache | None = None
+
+    def _open_memory(self, page_format: PageFormat) -> None:
+        """Reserve the caches and the index's place: their size is known with the first page's."""
+        self._format = page_format
+        most_rows = 1 + min(
+            self._disk.capacity_bytes // page_format.page_bytes,
+            self._memory.ram_bytes // self.sink.mean_keys_LGC.nbytes,
+        )
+        self._index = IndexRows(self.sink.mean_keys_LGC, most_rows)
+        self._ram = RowCache(page_format.row_bytes, self._cache_rows(page_format), CPU)
+        if self._memory.device_bytes:
+            capacity = self._memory.device_bytes // page_format.row_bytes
+            self._near = RowCache(page_format.row_bytes, capacity, self._device)
+
+    def _waiting_bytes(self, page_format: PageFormat) -> int:
+        return max(page_format.page_bytes, self._memory.ram_bytes // 16)
+
+    def _cache_rows(self, page_format: PageFormat) -> int:
+        """Rows that main memory has room for beside waiting blocks and an index with one row more than now."""
+        index_bytes = (len(self._index) + 1) * self.sink.mean_keys_LGC.nbytes
+        free_bytes = self._memory.ram_bytes - index_bytes - self._waiting_bytes(page_format)
+        return free_bytes // page_format.row_bytes
+
+    def _check_memory(self, page_format: PageFormat) -> None:
+        if self._cache_rows(page_format) < page_format.layers:
+            raise StreamError(
+                f"{self._memory.ram_bytes} bytes of main memory have no room beside the index of {len(self)} blocks "
+                f"for two pages of {page_format.page_bytes}: give the stream more, or close it."
+            )
+
+    def _take_as_newest(self, head: BlockHead) -> None:
+        self._last = head
+        if len(self._recent) == self._recent.maxlen and self._recent:
+            self._ram.release(_keys(self._recent[0], head.format))
+        self._recent.append(head.number)
+        self._give_way(head.format)
+
+    def _give_way(self, page_format: PageFormat) -> None:
+        rows = self._cache_rows(page_format)
+        if rows < self._ram.capacity:
+            self._ram.shrink(max(0, rows - rows // 16))  # a sixteenth more, so that it happens rarely
+
+    def _write(self) -> None:
+        """On the writer's thread: make all waiting blocks durable, then leave their rows to the cache."""
+        while True:
+            with self._mutex:
+                blocks = list(self._waiting.values())
+            if not blocks:
+                return
+            try:
+                written = blocks[: self._disk.append(blocks)]
+            except (StorageError, StreamError) as error:
+                self._fault = StreamError(
+                    f"{len(blocks)} blocks of the stream are in memory only: {error}. Make room, then put or flush "
+                    "again; questions are answered meanwhile."
+                )
+                raise self._fault from error
+            self._fault = None
+            with self._mutex:
+                for block in written:
+                    for key, row_U in zip(_keys(block.number, block.format), block.rows_LU, strict=True):
+                        self._ram.add(key, row_U, keep=block.number in self._recent)
+                    del self._waiting[block.number]
+
+    def _load(self) -> None:
+        for records in self._disk.load():
+            page_format = self._disk.format
+            assert page_format is not None
+            if self._format is None:
+                self._open_memory(page_format)
+            self._rows.update(zip(records.numbers_N.tolist(), itertools.count(len(self._index))))
+            self._index.extend(records.numbers_N, records.spans_s_N2, records.mean_keys_NLGC)
+            self._lost.update(dict.fromkeys(records.lost, "its record is damaged"))
+            number, start_s = int(records.numbers_N[-1]), float(records.spans_s_N2[-1, 0])
+            digest = block_digest(self._disk.digests(number), records.mean_keys_NLGC[-1].contiguous())
+            self._last = BlockHead(number, start_s, page_format, digest)
+        if self._format is not None:
+            self._give_way(self._format)
+            numbers: list[int] = self._index.snapshot().numbers_N.tolist()
+            self._recent.extend(numbers)
+            near = [number for number in numbers if self._disk.is_near(number)]
+            newest = near[max(0, len(near) - self._ram.free // self._format.layers) :]
+            with ThreadPoolExecutor(2) as readers:
+                for done in [readers.submit(self._fill, newest[start::2]) for start in (0, 1)]:
+                    done.result()
+
+    def _fill(self, numbers: Sequence[int]) -> None:
+        """Read pages straight into the cache, while nobody else has the bank."""
+        assert self._format is not None
+        for number in numbers:
+            keep = number in self._recent
+            with self._mutex:
+                places = [self._ram.claim(key, keep) for key in _keys(number, self._format)]
+            reason = self._disk.read(number, 0, [place for place in places if place is not None])
+            if reason is not None:
+                self._lose(number, reason)
+
+    def _fetch_blocks(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            try:
+                for layer in range(self._known(number).layers):
+                    self._ram_rows(layer, [number])
+            except LostBlockError:
+                continue
+
+    def _ram_rows(self, layer: int, numbers: Sequence[int]) -> Tensor:
+        return self._through(self._ram, layer, numbers, self._rows_below)
+
+    def _rows_below(self, layer: int, numbers: Sequence[int]) -> Tensor:
+        rows_RU = torch.empty(len(numbers), self._known(numbers[0]).row_bytes, dtype=torch.uint8)
+        for row_U, number in zip(rows_RU, numbers, strict=True):
+            with self._mutex:
+                block = self._waiting.get(number)
+            if block is not None:
+                row_U.copy_(block.rows_LU[layer])
+                continue
+            reason = self._disk.read(number, layer, [row_U])
+            if reason is not None:
+                self._lose(number, reason)
+                self._known(number)
+        return rows_RU
+
+    def _through(
+        self, cache: RowCache, layer: int, numbers: Sequence[int], below: Callable[[int, Sequence[int]], Tensor]
+    ) -> Tensor:
+        """One layer's rows [R, U]: what the cache has, and the rest from below, which it then has, too."""
+        keys = [(number, layer) for number in numbers]
+        with self._mutex:
+            slots = cache.find(keys)
+            held_RU = cache.take([slot for slot in slots if slot is not None])
+        missing = [place for place, slot in enumerate(slots) if slot is None]
+        if not missing:
+            return held_RU
+        fetched_RU = below(layer, [numbers[place] for place in missing]).to(cache.device)
+        with self._mutex:
+            for place, row_U in zip(missing, fetched_RU, strict=True):
+                cache.add(keys[place], row_U, keep=numbers[place] in self._recent and cache is self._ram)
+        rows_RU = fetched_RU.new_empty(len(numbers), fetched_RU.shape[1])
+        rows_RU[[place for place, slot in enumerate(slots) if slot is not None]] = held_RU
+        rows_RU[missing] = fetched_RU
+        return rows_RU
+
+    def _lose(self, number: int, reason: str) -> None:
+        with self._mutex:
+            assert self._format is not None
+            self._lost[number] = reason
+            self._rows.pop(number, None)
+            keys = _keys(number, self._format)
+            self._ram.forget(keys)
+            if self._near is not None:
+                self._near.forget(keys)
+
+    def _known(self, *numbers: int) -> PageFormat:
+        """The stream's format. Raises `StreamError` for a block that it does not have."""
+        for number in numbers:
+            if number in self._lost:
+                raise LostBlockError(f"block {number} is lost, {self._lost[number]}: ask again, without it.")
+            if number not in self._rows:
+                raise StreamError(
+                    f"block {number} is not in this bank of {len(self)} blocks: take numbers from its index."
+                )
+        assert self._format is not None
+        return self._format
+
+
+def _keys(number: int, page_format: PageFormat) -> list[Key]:
+    """Of all rows of a page."""
+    return [(number, layer) for layer in range(page_format.layers)]
