@@ -155,6 +155,7 @@ class VisionLanguageModel:
 
         The model's attention must then be of kind `eager` (`use_eager_attention`): others do not return it.
         """
+        assert not attention or self._attention == "eager", "only eager attention tells its weights"
         embeds_BTD = self.embed(input_ids_BT, visual_ND)
         mask, positions_BT = (attention_mask_BT, None) if packing is None else packing
         if packing is not None and self._attention == "eager":  # which adds its mask

@@ -54,7 +54,7 @@ def test_without_a_teacher_only_true_answers_count() -> None:
     rows = [replace(row, targets=None) for row in case.rows]
     stage = STAGE.model_copy(update={"terms": STAGE.terms.model_copy(update={"forward_kl": 0.0})})
     trained = StageTrainer(sparse_student(), stage, rows, case.pictures, seed=5)
-    batch = trained.batch()
+    batch = trained.batch().answers
     numbers = trained.order.batch(0)
     assert batch.targets.sparse is None
     assert len(batch.selected_N) == sum(int(rows[number].is_truth_n.sum()) for number in numbers)
