@@ -32,7 +32,7 @@ KIND, VERSION = "report", 1
 EVALUATION_KIND = "evaluation"
 """The kind of artefact that a report is about."""
 METRICS = "metrics.jsonl"
-CURVES = ("cross_entropy", "forward_kl")
+CURVES = ("cross_entropy", "forward_kl", "visual_kl", "relation", "attention")
 """Terms that are drawn; a stage without them shows its `loss`."""
 
 
@@ -160,7 +160,9 @@ def _steps(student: StudentRun) -> int | None:
 def _store_figures(manifests: Mapping[str, Manifest]) -> dict[str, float]:
     found: dict[str, float] = {}
     if layout.SIGNALS in manifests:
-        found["signal_bytes_per_token"] = manifests[layout.SIGNALS].figures["signal_bytes_per_token"]
+        figures = manifests[layout.SIGNALS].figures
+        kept = ("signal_bytes_per_token", "visual_bytes_per_sample")
+        found |= {name: figures[name] for name in kept if name in figures}
     if layout.STUDENT_SAMPLES in manifests:
         counts = manifests[layout.STUDENT_SAMPLES].counts
         found["training_questions"] = counts["questions"]

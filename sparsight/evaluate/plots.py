@@ -18,10 +18,19 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 NEUTRAL = "#8c8c8c"
 ON_COLOUR = ("white", "black", "white", "black", "black", "white", "black")
 """Text that can be read on each of the colours."""
-CURVE_NAMES = {"cross_entropy": "cross-entropy", "forward_kl": "forward KL"}
+CURVE_NAMES = {
+    "cross_entropy": "cross-entropy",
+    "forward_kl": "forward KL",
+    "visual_kl": "forward KL at pictures",
+    "relation": "relation (1 - cosine)",
+    "attention": "attention (1 - cosine)",
+}
 WIDTH_IN, DPI = 8.4, 110
 MOST_LABELLED = 8
-"""Tables of more experts than this are drawn without numbers."""
+"""Tables of more experts than this, and bars of more models, are drawn without numbers."""
+LEGEND_COLUMNS = 5
+HATCHES = (None, "////", "....")
+"""Tell apart what has the same colour, where there are more models than colours."""
 
 Curve = Sequence[tuple[float, float]]
 """(step, value) pairs."""
@@ -38,8 +47,8 @@ class LoadCurves(NamedTuple):
 def accuracy_bars(evaluation: Evaluation, test_set: str) -> bytes:
     """Accuracy of every model on a test set, overall and by answer type, with 95 % intervals and the majority."""
     kinds = ["all", *next(iter(evaluation.models.values())).sets[test_set].by_type]
-    figure, axes = _figure(3.6)
     bars = len(evaluation.models) + 1
+    figure, axes = _figure(3.4 + 0.2 * -(-bars // LEGEND_COLUMNS))
     width = 0.8 / bars
     for index, (name, model) in enumerate(evaluation.models.items()):
         result = model.sets[test_set]
@@ -47,16 +56,19 @@ def accuracy_bars(evaluation: Evaluation, test_set: str) -> bytes:
         values = [share.value for share in shares]
         errors = [[share.value - share.low for share in shares], [share.high - share.value for share in shares]]
         places = [place + (index - (bars - 1) / 2) * width for place in range(len(kinds))]
-        drawn: Any = axes.bar(places, values, width, color=COLOURS[index % len(COLOURS)], label=name)
+        again, colour = divmod(index, len(COLOURS))
+        style: dict[str, Any] = {"color": COLOURS[colour], "hatch": HATCHES[again % len(HATCHES)], "edgecolor": "white"}
+        drawn: Any = axes.bar(places, values, width, label=name, linewidth=0.0, **style)
         axes.errorbar(places, values, yerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-        _write_values(axes, drawn, values, ON_COLOUR[index % len(COLOURS)])
+        if bars <= MOST_LABELLED:
+            _write_values(axes, drawn, values, ON_COLOUR[index % len(COLOURS)])
     _majority_bars(axes, evaluation.baselines[test_set], kinds, width, bars)
     axes.set_xticks(range(len(kinds)), [kind.replace("_", "/") for kind in kinds])
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("accuracy (share of questions)")
     axes.set_xlabel("answer type")
     axes.set_title(f"Test set {test_set}: accuracy with 95 % intervals", fontsize=11)
-    axes.legend(ncols=bars, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    figure.legend(ncols=min(bars, LEGEND_COLUMNS), fontsize=8, loc="outside lower center", frameon=False)
     return _png(figure)
 
 
@@ -65,7 +77,8 @@ def _majority_bars(axes: Any, baseline: BaselineResult, kinds: Sequence[str], wi
     places = [place + (bars - 1) / 2 * width for place in range(len(kinds))]
     values = [share.value for share in shares]
     drawn: Any = axes.bar(places, values, width, color="#dddddd", edgecolor=NEUTRAL, label="majority answer")
-    _write_values(axes, drawn, values, "black")
+    if bars <= MOST_LABELLED:
+        _write_values(axes, drawn, values, "black")
 
 
 def _write_values(axes: Any, bars: Any, values: Sequence[float], colour: str) -> None:
@@ -99,7 +112,7 @@ def training_curves(stages: Mapping[str, Mapping[str, Curve]]) -> bytes:
     for axes in list(grid.flat)[len(stages) :]:
         axes.set_axis_off()
     figure.supxlabel("optimiser step", fontsize=9)
-    figure.supylabel("loss (nats a token, logarithmic)", fontsize=9)
+    figure.supylabel("loss (nats a token where not said, logarithmic)", fontsize=9)
     return _png(figure)
 
 

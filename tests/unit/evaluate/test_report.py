@@ -223,3 +223,12 @@ def test_plots_are_pictures_wide_enough_to_read(report: Report) -> None:
             assert picture.format == "PNG"
             assert picture.width > 800
             assert len(picture.convert("RGB").getcolors(2**24) or []) > 20
+
+
+def test_bars_of_many_models_leave_room_for_themselves(report: Report) -> None:
+    """A legend wider than the page would leave none, and the plotting library would warn."""
+    student = report.evaluation.models["student"]
+    many = {f"a_student_of_long_name_{number}": student for number in range(20)}
+    drawn = accuracy_bars(report.evaluation.model_copy(update={"models": many}), "scenes")
+    with Image.open(BytesIO(drawn)) as picture:
+        assert picture.height > 400
