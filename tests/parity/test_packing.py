@@ -37,10 +37,12 @@ TURNS = (
 )
 
 
-@pytest.fixture(scope="module", params=["dense", "sparse"])
+@pytest.fixture(scope="module", params=["dense", "sparse", "eager"])
 def model(request: pytest.FixtureRequest) -> VisionLanguageModel:
     dense = make_dense(SMALL, make_tokenizer([turn.question for turn in TURNS] * 20, 400), seed=0)
-    return dense if request.param == "dense" else upcycle(dense, UpcycleConfig(), seed=1)
+    if request.param == "eager":  # attention that tells its weights takes its mask in another form
+        dense.use_eager_attention()
+    return upcycle(dense, UpcycleConfig(), seed=1) if request.param == "sparse" else dense
 
 
 def picture(shade: int) -> bytes:
