@@ -13,99 +13,58 @@ _EITHER = ("epochs", "steps")
 
 _SPARSE_GROUPS = ["projector", "experts", "routers"]
 
-_LLAVA_KD_TERMS = {"cross_entropy": 1.0, "forward_kl": 1.0, "visual_kl": 1.0, "relation": 0.5}
+_LLAVA_KD_AT_TEACHER = {"forward_kl": 1.0, "visual_kl": 1.0, "relation": 0.5}
+_LLAVA_KD = {"cross_entropy": 1.0, **_LLAVA_KD_AT_TEACHER}
 """LLaVA-KD's whole loss, with its paper's weights."""
 
-_PREFERENCE = {
-    "name": "preference",
-    "rows": "pairs",
-    "trainable": _SPARSE_GROUPS,
-    "terms": {"preference": 1.0, "balance": 0.01},
-    "preference": {"loss": "kto_pair", "beta": 0.1, "reference": "teacher"},
-    "epochs": 1.0,
-    "batch_samples": 256,
-    "learning_rate": 2e-6,
-}
 
-_DPT = {
-    "name": "dpt",
-    "trainable": ["projector"],
-    "terms": _LLAVA_KD_TERMS,
-    "epochs": 1.0,
-    "batch_samples": 256,
-    "learning_rate": 1e-3,
-}
+def _stage(
+    name: str, trainable: list[str], terms: dict[str, float], batch_samples: int, rate: float, **more: Any
+) -> dict[str, Any]:
+    """One pass over the rows."""
+    values: dict[str, Any] = {"name": name, "trainable": trainable, "terms": terms, "epochs": 1.0}
+    return {**values, "batch_samples": batch_samples, "learning_rate": rate, **more}
+
+
+_DENSE_GROUPS = ["projector", "text"]
+_UPCYCLE = {"experts": 4, "active_experts": 2, "layers": "every_second"}
+_DPT = _stage("dpt", ["projector"], _LLAVA_KD, 256, 1e-3)
+_PREFERENCE = _stage(
+    "preference",
+    _SPARSE_GROUPS,
+    {"preference": 1.0, "balance": 0.01},
+    256,
+    2e-6,
+    rows="pairs",
+    preference={"loss": "kto_pair", "beta": 0.1, "reference": "teacher"},
+)
 
 PRESETS: dict[str, list[dict[str, Any]]] = {
     # LLaVA-MoD (arXiv 2408.15881): batches and schedule of its paper, trainable sets and losses of its code.
     "llava_mod": [
-        {
-            "name": "adaptor",
-            "trainable": ["projector"],
-            "terms": {"cross_entropy": 1.0},
-            "epochs": 1.0,
-            "batch_samples": 512,
-            "learning_rate": 1e-3,
-        },
-        {
-            "name": "d2d",
-            "trainable": ["projector", "text"],
-            "terms": {"forward_kl": 1.0},
-            "epochs": 1.0,
-            "batch_samples": 256,
-            "learning_rate": 2e-5,
-        },
-        {
-            "name": "d2s",
-            "upcycle": {"experts": 4, "active_experts": 2, "layers": "every_second"},
-            "trainable": _SPARSE_GROUPS,
-            "terms": {"forward_kl": 1.0, "cross_entropy": 1.0, "balance": 0.01},
-            "epochs": 1.0,
-            "batch_samples": 256,
-            "learning_rate": 2e-5,
-        },
+        _stage("adaptor", ["projector"], {"cross_entropy": 1.0}, 512, 1e-3),
+        _stage("d2d", _DENSE_GROUPS, {"forward_kl": 1.0}, 256, 2e-5),
+        _stage(
+            "d2s",
+            _SPARSE_GROUPS,
+            {"forward_kl": 1.0, "cross_entropy": 1.0, "balance": 0.01},
+            256,
+            2e-5,
+            upcycle=_UPCYCLE,
+        ),
         _PREFERENCE,
     ],
     # LLaVA-KD (arXiv 2410.16236): batches, schedule and weights of its paper.
     "llava_kd": [
         _DPT,
-        {
-            "name": "sft",
-            "trainable": ["projector", "text"],
-            "terms": {"cross_entropy": 1.0},
-            "epochs": 1.0,
-            "batch_samples": 128,
-            "learning_rate": 2e-5,
-        },
-        {
-            "name": "dft",
-            "trainable": ["projector", "text"],
-            "terms": _LLAVA_KD_TERMS,
-            "epochs": 1.0,
-            "batch_samples": 128,
-            "learning_rate": 2e-5,
-        },
+        _stage("sft", _DENSE_GROUPS, {"cross_entropy": 1.0}, 128, 2e-5),
+        _stage("dft", _DENSE_GROUPS, _LLAVA_KD, 128, 2e-5),
     ],
     # Both: LLaVA-MoD's stages and sparse student, LLaVA-KD's terms wherever the teacher's signals are read.
     "sparsight": [
         _DPT,
-        {
-            "name": "d2d",
-            "trainable": ["projector", "text"],
-            "terms": {"forward_kl": 1.0, "visual_kl": 1.0, "relation": 0.5},
-            "epochs": 1.0,
-            "batch_samples": 256,
-            "learning_rate": 2e-5,
-        },
-        {
-            "name": "d2s",
-            "upcycle": {"experts": 4, "active_experts": 2, "layers": "every_second"},
-            "trainable": _SPARSE_GROUPS,
-            "terms": {**_LLAVA_KD_TERMS, "balance": 0.01},
-            "epochs": 1.0,
-            "batch_samples": 256,
-            "learning_rate": 2e-5,
-        },
+        _stage("d2d", _DENSE_GROUPS, _LLAVA_KD_AT_TEACHER, 256, 2e-5),
+        _stage("d2s", _SPARSE_GROUPS, {**_LLAVA_KD, "balance": 0.01}, 256, 2e-5, upcycle=_UPCYCLE),
         _PREFERENCE,
     ],
 }
