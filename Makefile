@@ -4,7 +4,7 @@
 SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: demo serve test check format docs bench reproduce-mod reproduce-kd clean help
+.PHONY: demo serve test check format docs bench reproduce-mod reproduce-kd reproduce-rekv clean help
 
 # The first Python that is new enough; override with `make PYTHON=…`.
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
@@ -69,6 +69,9 @@ reproduce-mod: $(STAMP) ## LLaVA-MoD's comparisons over three seeds, docs/result
 
 reproduce-kd: $(STAMP) ## LLaVA-KD's comparisons over three seeds, docs/results (ARGS='--seeds 3')
 	@$(BIN)/python -m pipelines.reproduce --study llava-kd --config configs/kd.yaml --out docs/results $(ARGS)
+
+reproduce-rekv: $(STAMP) ## ReKV's comparisons over three seeds, docs/results (ARGS='--seeds 3')
+	@$(BIN)/python -m pipelines.reproduce --study rekv --config configs/rekv.yaml --out docs/results $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
 	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info

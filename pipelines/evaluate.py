@@ -22,7 +22,8 @@ from pipelines.command import run_command
 from pipelines.models import ModelSource, evaluated_models
 from pipelines.prepare import hallucination_sets, question_sets
 from pipelines.report import plan_report, write_report
-from pipelines.runtime import connect, require
+from pipelines.runtime import connect, model_task, require
+from pipelines.stream_trials import ask_about_streams, plan_stream_trials
 from sparsight import layout
 from sparsight.artifacts import Artifact, RunDirectory, read_manifest
 from sparsight.config import EvaluateConfig, RunConfig
@@ -47,7 +48,6 @@ from sparsight.evaluate.scores import Baselines
 from sparsight.evaluate.speed import decode_speeds
 from sparsight.media.images import DecodeLimits
 from sparsight.model.parameters import activated_parameters, total_parameters
-from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import progress_bar, say
 from sparsight.records import Sample, Turn
 from sparsight.storage import Storage
@@ -79,6 +79,8 @@ def evaluate(config: RunConfig) -> None:
         artifact.commit(counts, figures(evaluation) | {"wall_s": time.monotonic() - start_s})
     else:
         say("evaluate: nothing to do, the evaluation is there")
+    if config.evaluate.streams is not None:
+        ask_about_streams(config, config.evaluate.streams, models)
     write_report(config)
 
 
@@ -168,7 +170,9 @@ def examine_all(config: RunConfig, models: Sequence[ModelSource]) -> tuple[Evalu
     vocabularies = {name: _vocabulary(asked.storage) for name, asked in found.hallucination.items()}
     kinds = _agreements(config, models, {key: part for key, part in answered.items() if key[1] in sets})
     say("evaluate: measuring the speed of decoding")
-    sizes: dict[str, _Size] = ray.get(_task(_measure, config).remote(list(models), config.resources.threads_per_worker))
+    sizes: dict[str, _Size] = ray.get(
+        model_task(_measure, config.resources).remote(list(models), config.resources.threads_per_worker)
+    )
     results = {
         model.name: ModelResult(
             name=model.label,
@@ -218,16 +222,11 @@ def _training_turns(run: RunDirectory, source: str) -> list[Turn]:
     return [turn for sample in own or samples for turn in sample.turns]
 
 
-def _task(function: Any, config: RunConfig) -> Any:
-    resources = config.resources
-    return ray.remote(function).options(num_cpus=resources.threads_per_worker, num_gpus=resources.label_gpus)
-
-
 def _answers(config: RunConfig, models: Sequence[ModelSource], sets: EvaluationSets) -> Answered:
     settings, threads = config.evaluate, config.resources.threads_per_worker
     limits = DecodeLimits.of(config.data)
     counts = [min(asked.questions, settings.limit or asked.questions) for asked in sets.all.values()]
-    examine = _task(_examine, config)
+    examine = model_task(_examine, config.resources)
     work = {
         examine.remote(model, asked, settings, limits, threads, name in sets.questions): (model.name, name)
         for name, asked in sets.all.items()
@@ -253,16 +252,9 @@ def _examine(
 ) -> Generator[Examination]:
     """Runs in a worker: one model on one test set, piece by piece; `read` also reads it with its answers."""
     torch.set_num_threads(threads)
-    examiner = Examiner(load(source), settings.batch_samples, settings.max_answer_tokens, limits)
+    examiner = Examiner(source.load(), settings.batch_samples, settings.max_answer_tokens, limits)
     for piece in by_pictures(asked.samples(), PICTURES_PER_PIECE, settings.limit):
         yield examiner.examine(piece) if read else examiner.ask(piece)
-
-
-def load(source: ModelSource) -> VisionLanguageModel:
-    """A model on this process's device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return VisionLanguageModel.load(source.fetch(), dtype=dtype, device=device)
 
 
 def _agreements(
@@ -271,7 +263,7 @@ def _agreements(
     teacher = next((model for model in models if model.name == TEACHER), None)
     if teacher is None:
         return {}
-    compare = _task(_compare, config)
+    compare = model_task(_compare, config.resources)
     work = {
         (model, name): compare.remote(teacher, source, answered[TEACHER, name], answered[model, name])
         for source in models
@@ -287,7 +279,7 @@ def _compare(teacher: ModelSource, student: ModelSource, taught: Examination, le
         raise AlignmentError(
             f"'{student.label}' cuts answers into other tokens than the teacher: their distributions cannot be compared"
         )
-    teacher_head_VD, student_head_VD = load(teacher).head_VD, load(student).head_VD
+    teacher_head_VD, student_head_VD = teacher.load().head_VD, student.load().head_VD
     return agreement(
         torch.from_numpy(taught.states_nD).to(teacher_head_VD),
         teacher_head_VD,
@@ -305,7 +297,7 @@ class _Size(NamedTuple):
 def _measure(sources: Sequence[ModelSource], threads: int) -> dict[str, _Size]:
     """Runs in a worker, alone: parameters and decoding speed of all models, in turns."""
     torch.set_num_threads(threads)
-    models = {source.name: load(source) for source in sources}
+    models = {source.name: source.load() for source in sources}
     speeds = decode_speeds(models)
     return {
         name: _Size(activated_parameters(model), total_parameters(model), speeds[name])
@@ -342,7 +334,10 @@ def plan(config: RunConfig) -> list[str]:
     except ArtifactError as error:
         return [f"evaluation: waits for earlier stages ({error})"]
     state = "finished, kept" if artifact.finished else "to be written"
-    return [f"evaluation: {state} ({artifact.storage.uri})", *plan_report(config)]
+    lines = [f"evaluation: {state} ({artifact.storage.uri})"]
+    if config.evaluate.streams is not None:
+        lines += plan_stream_trials(config, config.evaluate.streams, evaluated_models(config))
+    return [*lines, *plan_report(config)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

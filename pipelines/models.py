@@ -1,14 +1,17 @@
-"""Which model directories a finished run holds: the teacher and the last stage of every student. Loads nothing."""
+"""Which models a finished run holds, the teacher and the last stage of every student, and how one is loaded."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from sparsight import layout
 from sparsight.artifacts import RunDirectory
 from sparsight.config import HuggingFaceTeacherConfig, RunConfig
 from sparsight.errors import ArtifactError, ConfigError
 from sparsight.evaluate.results import STUDENT, TEACHER
+from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.observe import say
 from sparsight.storage import Storage, open_storage
 from sparsight.teacher.protocol import directory_digest
@@ -31,6 +34,12 @@ class ModelSource:
     def fetch(self) -> Path:
         """The model directory on this machine."""
         return self.storage.fetch(self.key)
+
+    def load(self) -> VisionLanguageModel:
+        """The model on this process's device."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        return VisionLanguageModel.load(self.fetch(), dtype=dtype, device=device)
 
 
 def evaluated_models(config: RunConfig) -> list[ModelSource]:

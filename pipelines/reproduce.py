@@ -1,9 +1,10 @@
 """A paper's comparisons over seeds: one run a seed, then a page of differences with intervals.
 
 A seed is a whole run (`pipelines.run`) in a folder of its own, so a stopped reproduction continues where it was. What
-is trained is the configuration's students; what is compared is a study (`study_llava_mod`, `study_llava_kd`), in their
-names. Run as `python -m pipelines.reproduce --study llava-mod --config configs/mod.yaml --seeds 3 --out docs/results`;
-fewer seeds are a trial, and belong into another folder.
+is trained is the configuration's students; what is compared is a study (`study_llava_mod`, `study_llava_kd`,
+`study_rekv`), in their names. Run as
+`python -m pipelines.reproduce --study llava-mod --config configs/mod.yaml --seeds 3 --out docs/results`; fewer seeds
+are a trial, and belong into another folder.
 """
 
 import json
@@ -16,18 +17,20 @@ from pipelines.command import parser_of, run_with
 from pipelines.report import KIND as REPORT_KIND
 from pipelines.report import read_evaluation
 from pipelines.run import run
+from pipelines.stream_trials import read_stream_metrics
 from pipelines.study_llava_kd import LLAVA_KD
 from pipelines.study_llava_mod import LLAVA_MOD
+from pipelines.study_rekv import REKV
 from sparsight import layout
 from sparsight.artifacts import RunDirectory
 from sparsight.config import RunConfig
 from sparsight.errors import ConfigError
 from sparsight.evaluate.reproduction import SIGNAL_BYTES, Metrics, Study, compare, figures_of, metrics_of
 from sparsight.evaluate.reproduction_page import Reproduction, reading_of, render, to_json
-from sparsight.evaluate.reproduction_plots import differences, plane
+from sparsight.evaluate.reproduction_plots import differences, plane, side_by_side
 from sparsight.observe import say
 
-STUDIES = {"llava-mod": LLAVA_MOD, "llava-kd": LLAVA_KD}
+STUDIES = {study.name: study for study in (LLAVA_MOD, LLAVA_KD, REKV)}
 
 
 class Origin(NamedTuple):
@@ -41,9 +44,9 @@ def reproduce(study: Study, config: RunConfig, seeds: int, out: Path) -> None:
     """Run every seed that is not finished, then write the study's page, its data and its plots into `out`."""
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: a reproduction needs at least one seed, and three for an interval")
-    missing = sorted(study.models - {"teacher", *(student.name for student in config.distill.students)})
+    missing = sorted(study.models - _compared(config))
     if missing:
-        raise ConfigError(f"the comparisons need students that distill.students lacks: {', '.join(missing)}")
+        raise ConfigError(f"the comparisons need models or methods that the configuration lacks: {', '.join(missing)}")
     reading_of(page_in(out, study))  # a page that cannot be written again is found before hours have passed
     found: list[Metrics] = []
     origins: list[Origin] = []
@@ -59,12 +62,21 @@ def page_in(out: Path, study: Study) -> Path:
     return out / f"{study.name}.md"
 
 
+def _compared(config: RunConfig) -> set[str]:
+    """What a run of the configuration can be compared by: its models and, about streams, `model/method`."""
+    models = {"teacher", *(student.name for student in config.distill.students)}
+    trials = config.evaluate.streams
+    if trials is None:
+        return models
+    return models | {f"{model}/{method.name}" for model in trials.models for method in trials.methods_of(model)}
+
+
 def _metrics(config: RunConfig) -> Metrics:
-    """What a finished run's models came to, and what the teacher's labels took."""
+    """What a finished run's models came to, about streams too, and what the teacher's labels took."""
     _, signals = RunDirectory(config.run_dir).finished(layout.SIGNALS, "signals")
     found = metrics_of(read_evaluation(config))
     found["teacher"][SIGNAL_BYTES] = signals.figures["signal_bytes_per_token"]
-    return found
+    return found if config.evaluate.streams is None else found | read_stream_metrics(config)
 
 
 def origin_of(config: RunConfig) -> Origin:
@@ -89,6 +101,8 @@ def write_pages(study: Study, seeds: Sequence[Metrics], origins: Sequence[Origin
     if shown:
         across, up = (metric.replace("_", " ") for metric in study.plane)
         pictures[f"{study.name}-plane.png"] = (f"Models by {across} and {up}", plane(seeds, shown, *study.plane))
+    for row in study.rows:
+        pictures[f"{study.name}-{row.name}.png"] = (row.caption, side_by_side(seeds, row))
     page = Reproduction(
         title=study.title,
         introduction=study.introduction,

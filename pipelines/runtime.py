@@ -1,11 +1,14 @@
-"""What every pipeline does before it uses the cluster: connect, and ask for what a stage needs before it waits for it.
+"""What every pipeline does with the cluster: connect, ask for what a stage needs before it waits for it, start a task.
 
-Both are done by `actors.runtime`, shared with serving. Nothing here knows what the resources are used for.
+The first two are done by `actors.runtime`, shared with serving. Nothing here knows what the resources are used for.
 """
 
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
+import ray
 from ray.data import DataContext
 
 from actors import runtime
@@ -28,6 +31,11 @@ def require(cpus: float, gpus: float = 0.0, timeout_s: float = 300.0, what: str 
     Raises `SparsightError` naming what is missing after `timeout_s`.
     """
     runtime.require(cpus, gpus, timeout_s, what, "raise resources.num_cpus, or ask for less under `resources`")
+
+
+def model_task(function: Callable[..., object], resources: ResourcesConfig) -> Any:
+    """A Ray task with what one model's work takes."""
+    return ray.remote(function).options(num_cpus=resources.threads_per_worker, num_gpus=resources.label_gpus)
 
 
 def _set_up_data() -> None:

@@ -27,6 +27,8 @@ from sparsight.stages import StageConfig, StudentRun, VisualAsk, visual_ask
 from sparsight.stages import TermsConfig as TermsConfig
 from sparsight.stages import TrainableGroup as TrainableGroup
 from sparsight.stages import UpcycleConfig as UpcycleConfig
+from sparsight.trials import StreamMethod as StreamMethod
+from sparsight.trials import StreamTrials as StreamTrials
 
 
 class ResourcesConfig(Slice):
@@ -253,6 +255,8 @@ class EvaluateConfig(Slice):
     """Longest answer."""
     limit: int | None = Field(default=None, ge=1)
     """Evaluate only the first questions of each set."""
+    streams: StreamTrials | None = Field(default=None, exclude_if=lambda trials: trials is None)
+    """What is asked about long streams (`streams` of a source), and of whom; none asks nothing."""
 
 
 class StreamConfig(Slice):
@@ -341,7 +345,17 @@ class RunConfig(Slice):
         kept = sum(source.pair_pictures for source in self.data.sources if isinstance(source, ScenesSource))
         if self.pairs.samples == "kept" and kept == 0:
             raise ValueError("pairs.samples is 'kept', but no source keeps pictures for pairs: set its pair_pictures")
+        if self.evaluate.streams is not None:
+            self._check_streams(self.evaluate.streams)
         return self
+
+    def _check_streams(self, trials: StreamTrials) -> None:
+        if not any(isinstance(source, StreamsSource) and source.streams > 0 for source in self.data.sources):
+            raise ValueError("evaluate.streams asks about long streams, but no source draws any: set its streams")
+        known = ["teacher", "student", *(student.name for student in self.distill.students[1:])]
+        unknown = [name for name in trials.models if name not in known]
+        if unknown:
+            raise ValueError(f"evaluate.streams.models {unknown} are not evaluated: choose from {known}")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

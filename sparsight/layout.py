@@ -17,6 +17,7 @@ SCORED_IMPORT = "pairs/imported"
 FEATURES = "features"
 EXPORT = "export"
 EVALUATION = "evaluation"
+STREAM_EVALUATION = "stream_evaluation"
 REPORT = "report"
 
 MODEL = "model"

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-SAMPLES_VERSION = 1
+SAMPLES_VERSION = 2
 SIGNALS_VERSION = 1
 PAIRS_VERSION = 1
 

@@ -67,11 +67,22 @@ class Headline(NamedTuple):
     metric: str
 
 
+class Row(NamedTuple):
+    """A drawing of some models' metrics side by side, each metric under a heading of its own."""
+
+    name: str
+    caption: str
+    metrics: Mapping[str, str]
+    """Headings by metric."""
+    models: Sequence[str]
+
+
 class Study(NamedTuple):
     """A paper's comparisons, and how their page is laid out.
 
-    `columns` are (metric, heading, format) of the table of models, `plane` the two metrics that models are drawn in.
-    `best_of` names a figure as the difference of one model to the best of others: (key, one, others).
+    `columns` are (metric, heading, format) of the table of models, `plane` the two metrics that models are drawn in,
+    `rows` more drawings. `best_of` names a figure as the difference of one model to the best of others: (key, one,
+    others).
     """
 
     name: str
@@ -82,13 +93,15 @@ class Study(NamedTuple):
     headlines: Sequence[Headline]
     plane: tuple[str, str]
     best_of: tuple[str, str, Sequence[str]] | None = None
+    rows: Sequence[Row] = ()
 
     @property
     def models(self) -> set[str]:
         """Every model that is compared or named."""
         compared = {model for it in self.comparisons for model in (it.one, it.other)}
         best = () if self.best_of is None else (self.best_of[1], *self.best_of[2])
-        return compared | {it.model for it in self.headlines} | set(best)
+        drawn = {model for row in self.rows for model in row.models}
+        return compared | {it.model for it in self.headlines} | set(best) | drawn
 
 
 class Compared(NamedTuple):

@@ -92,6 +92,7 @@ def _models(found: Reproduction) -> str:
     rows = [
         [f"`{name}`", *(_cell(over_seeds(found.seeds, name, key), form) for key, _, form in found.columns)]
         for name in names
+        if any(over_seeds(found.seeds, name, key) is not None for key, _, _ in found.columns)
     ]
     return _table(["", *(heading for _, heading, _ in found.columns)], rows)
 

@@ -1,4 +1,4 @@
-"""A reproduction's pictures: differences with intervals, and models in the plane of two metrics. PNG bytes out."""
+"""A reproduction's pictures: differences with intervals, models in a plane or side by side. PNG bytes out."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sparsight.evaluate.plots import COLOURS, DPI, NEUTRAL, WIDTH_IN
-from sparsight.evaluate.reproduction import LOWER_IS_BETTER, Compared, Metrics
+from sparsight.evaluate.reproduction import LOWER_IS_BETTER, Compared, Metrics, Row, over_seeds
 
 OUTCOME_COLOURS = {"better": "#009E73", "worse": "#D55E00", "not decided": NEUTRAL}
 
@@ -54,6 +54,34 @@ def plane(seeds: Sequence[Metrics], models: Sequence[str], across: str, up: str)
     axes.set_ylabel(f"{up.replace('_', ' ')} (share)")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return _png(figure)
+
+
+def side_by_side(seeds: Sequence[Metrics], row: Row) -> bytes:
+    """Under each heading the models next to each other: mean, 95 % interval over the seeds, every seed as a dot."""
+    figure = Figure(figsize=(WIDTH_IN, 3.8), dpi=DPI, layout="constrained")
+    axes: Any = figure.subplots()
+    width = 0.8 / len(row.models)
+    for index, model in enumerate(row.models):
+        colour = COLOURS[index % len(COLOURS)]
+        for place, metric in enumerate(row.metrics):
+            value = over_seeds(seeds, model, metric)
+            if value is None:
+                continue
+            x = place + (index - (len(row.models) - 1) / 2) * width
+            axes.plot([x] * len(value.values), value.values, "o", color=colour, markersize=3, alpha=0.5)
+            if len(value.values) > 1:
+                axes.plot([x, x], [value.low, value.high], color=colour, linewidth=1.5)
+            axes.plot([x], [value.mean], "D", color=colour, markersize=5, label=model if place == 0 else None)
+    axes.set_xticks(range(len(row.metrics)), list(row.metrics.values()), fontsize=8)
+    axes.set_ylabel("share of right answers", fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(
+        fontsize=8, frameon=False, ncols=min(3, len(row.models)), loc="upper center", bbox_to_anchor=(0.5, -0.1)
+    )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return _png(figure)

@@ -10,18 +10,11 @@ from sparsight.distill.loop import StageTrainer
 from sparsight.distill.pictures import PixelPictures
 from sparsight.distill.rows import RowMaker
 from sparsight.distill.taught import StoredSide
-from sparsight.records import Relation, Sample, Turn, VisualSignal
-from tests.parity.training_case import STAGE, random_targets, samples, sparse_student
+from sparsight.records import Sample, Turn
+from tests.parity.training_case import STAGE, Signals, random_targets, random_visual_signal, samples, sparse_student
 
 MIXED = STAGE.model_copy(update={"batch_samples": 2, "steps": 10})
 TEACHER_LAYERS = 3
-
-
-class Signals(dict[str, VisualSignal]):
-    """Visual signals by row id."""
-
-    def load(self, row: str) -> VisualSignal:
-        return self[row]
 
 
 def mixed_samples() -> list[Sample]:
@@ -42,12 +35,7 @@ def mixed_trainer(settings: StageConfig = MIXED, rows: Sequence[Sample] | None =
     for index, row in enumerate(taught):
         taught[index] = replace(row, targets=random_targets(random, len(row.positions_n), maker.vocabulary))
         N = int((row.input_ids == student.chat.visual_id).sum())
-        factors_NJ = random.normal(1.0, 1.0, (N, 12)).astype(np.float32)
-        signals[row.id] = VisualSignal(
-            random_targets(random, N, maker.vocabulary),
-            Relation(matrix_NN=factors_NJ @ factors_NJ.T),
-            random.random((TEACHER_LAYERS, N), dtype=np.float32),
-        )
+        signals[row.id] = random_visual_signal(random, N, maker.vocabulary, TEACHER_LAYERS)
     pictures = PixelPictures(shown, student.pixels, 10**6, 10**6)
     return StageTrainer(student, settings, taught, pictures, seed=5, side=StoredSide(signals))
 

@@ -17,7 +17,7 @@ from sparsight.media.images import encode_png
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.upcycle import upcycle
 from sparsight.model.vision_language import VisionLanguageModel
-from sparsight.records import Sample, SparseTargets, Turn
+from sparsight.records import Relation, Sample, SparseTargets, Turn, VisualSignal
 
 SMALL = ArchitectureConfig(
     picture_pixels=32,
@@ -78,6 +78,21 @@ def random_targets(random: np.random.Generator, n: int, vocabulary: int, K: int 
     tail_nS = np.take_along_axis(logprobs_nV, order_nV[:, K : K + S], 1).astype(np.float32)
     mass_n = (1 - np.exp(head_nK).sum(axis=1)).astype(np.float32)
     return SparseTargets(order_nV[:, :K], head_nK, mass_n, order_nV[:, K : K + S], tail_nS)
+
+
+class Signals(dict[str, VisualSignal]):
+    """Visual signals by row id."""
+
+    def load(self, row: str) -> VisualSignal:
+        return self[row]
+
+
+def random_visual_signal(random: np.random.Generator, N: int, vocabulary: int, layers: int) -> VisualSignal:
+    """What a random teacher of so many layers says of N visual positions."""
+    factors_NJ = random.normal(2.0, 1.0, (N, 12)).astype(np.float32)
+    attention_LN = random.random((layers, N), dtype=np.float32)
+    targets = random_targets(random, N, vocabulary)
+    return VisualSignal(targets, Relation(matrix_NN=factors_NJ @ factors_NJ.T), attention_LN)
 
 
 def trainer() -> StageTrainer:

@@ -12,17 +12,17 @@ from sparsight.distill.loop import StageTrainer
 from sparsight.distill.pictures import PixelPictures
 from sparsight.distill.rows import RowMaker
 from sparsight.distill.taught import StoredSide
-from sparsight.records import Relation, Sample, VisualSignal
-from tests.parity.training_case import dense_student, random_targets, samples, sparse_student, training_rows
+from sparsight.records import Sample
+from tests.parity.training_case import (
+    Signals,
+    dense_student,
+    random_visual_signal,
+    samples,
+    sparse_student,
+    training_rows,
+)
 
 TEACHER_LAYERS = 4
-
-
-class Signals(dict[str, VisualSignal]):
-    """Visual signals by row id."""
-
-    def load(self, row: str) -> VisualSignal:
-        return self[row]
 
 
 def stage(terms: TermsConfig, **settings: object) -> StageConfig:
@@ -44,10 +44,7 @@ def case(settings: StageConfig, clips: int = 1, sparse: bool = False) -> StageTr
     random = np.random.default_rng(3)
     for row in rows:
         N = int((row.input_ids == student.chat.visual_id).sum())
-        logits_NV = random.normal(2.0, 1.0, (N, 12)).astype(np.float32)
-        attention_LN = random.random((TEACHER_LAYERS, N), dtype=np.float32)
-        targets = random_targets(random, N, maker.vocabulary)
-        signals[row.id] = VisualSignal(targets, Relation(matrix_NN=logits_NV @ logits_NV.T), attention_LN)
+        signals[row.id] = random_visual_signal(random, N, maker.vocabulary, TEACHER_LAYERS)
     pictures = PixelPictures(shown, student.pixels, 10**6, 10**6)
     return StageTrainer(student, settings, rows, pictures, seed=5, side=StoredSide(signals))
 

@@ -5,12 +5,15 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from sparsight.evaluate.stream_scores import from_parquet
 
 FIGURES = {
     "teacher_accuracy",
@@ -34,6 +37,22 @@ SIZES: dict[str, Any] = {
 }
 LENGTH: dict[str, Any] = {"steps": 2, "batch_samples": 4}
 TRUTH, SIGNALS = {"cross_entropy": 1.0}, {"forward_kl": 1.0, "cross_entropy": 0.5, "balance": 0.01}
+STREAMS: dict[str, Any] = {
+    "kind": "streams",
+    "clips": 4,
+    "test_clips": 2,
+    "clip_frames": 3,
+    "streams": 1,
+    "lengths_s": [20.0, 40.0],
+    "questions": 6,
+}
+TRIALS: dict[str, Any] = {
+    "models": ["student", "teacher"],
+    "window_tokens": 100,
+    "methods": [{"name": "internal", "frames": 4, "recent": 1}, {"name": "recent", "kind": "recent", "frames": 2}],
+    "ablations": [{"name": "full", "kind": "full"}],
+    "max_answer_tokens": 2,
+}
 UPCYCLE = {"experts": 4, "active_experts": 2, "layers": [1]}
 
 
@@ -45,7 +64,11 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     values = {
         "run_dir": str(folder / "run"),
         "resources": {"num_cpus": 2, "label_workers": 1, "train_workers": 1},
-        "data": {"sources": [{"kind": "easy_vqa", "limit": 20}], "turns_per_sample": 12, "ground_truth_fraction": 0.1},
+        "data": {
+            "sources": [{"kind": "easy_vqa", "limit": 20}, STREAMS],
+            "turns_per_sample": 12,
+            "ground_truth_fraction": 0.1,
+        },
         "teacher": {
             "kind": "tiny",
             "architecture": {**SIZES, "text_width": 64},
@@ -60,7 +83,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             ]
         },
         "label": {"max_answer_tokens": 2},
-        "evaluate": {"batch_samples": 32, "max_answer_tokens": 2, "limit": 32},
+        "evaluate": {"batch_samples": 32, "max_answer_tokens": 2, "limit": 32, "streams": TRIALS},
     }
     (folder / "micro.yaml").write_text(yaml.safe_dump(values))
     return [sys.executable, "-m", "pipelines.run", "--config", str(folder / "micro.yaml")]
@@ -92,6 +115,15 @@ def test_one_command_leaves_a_report_with_the_figures_that_programs_read(command
         assert (run_dir / name / "manifest.json").exists()
     assert not list(run_dir.rglob("draft.json"))
     assert not list(run_dir.rglob("*.partial"))
+
+
+def test_models_are_asked_about_every_stream_by_every_method(run_dir: Path) -> None:
+    rows = from_parquet((run_dir / "stream_evaluation/answers.parquet").read_bytes())
+    asked = [row for row in rows if (row.model, row.method) == ("student", "internal")]
+    assert {row.seconds for row in asked} == {20.0, 40.0}
+    by = Counter((row.model, row.method) for row in rows)
+    ways = [("student", "internal"), ("student", "recent"), ("student", "full"), ("teacher", "internal")]
+    assert by == dict.fromkeys([*ways, ("teacher", "recent")], len(asked))
 
 
 def test_a_second_run_does_nothing_and_needs_no_cluster(command: list[str], run_dir: Path) -> None:

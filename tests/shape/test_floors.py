@@ -12,7 +12,7 @@ ROOMS = ("sparsight", "actors", "pipelines", "serve_apps", "examples", "benchmar
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "layout"}),
     frozenset({"settings", "presets"}),
-    frozenset({"stages", "sources"}),
+    frozenset({"stages", "sources", "trials"}),
     frozenset({"config", "records"}),
     frozenset({"storage", "observe"}),
     frozenset({"artifacts", "media"}),

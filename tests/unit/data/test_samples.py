@@ -15,7 +15,7 @@ from sparsight.data.samples import (
 )
 from sparsight.data.turns import pieces, read_conversation
 from sparsight.errors import DataError, StorageError
-from sparsight.records import SAMPLE_SCHEMA, Quarantined, Sample, Turn
+from sparsight.records import SAMPLE_SCHEMA, SAMPLES_VERSION, Quarantined, Sample, Turn
 from sparsight.storage import open_storage
 from tests.quarantine import read_quarantine
 
@@ -73,7 +73,7 @@ def test_damaged_and_foreign_files_are_named(storage_uri: str) -> None:
         storage.write_bytes("part-00000.parquet", buffer.getvalue())
 
     write(SAMPLE_SCHEMA.with_metadata({"sparsight.samples": "999"}))
-    with pytest.raises(DataError, match=r"says sparsight\.samples = 999, this version reads 1"):
+    with pytest.raises(DataError, match=rf"says sparsight\.samples = 999, this version reads {SAMPLES_VERSION}"):
         read_samples(storage)
     write(SAMPLE_SCHEMA.remove_metadata())
     with pytest.raises(DataError, match=r"sparsight\.samples = nothing"):

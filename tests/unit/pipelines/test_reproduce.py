@@ -101,7 +101,7 @@ def test_a_configuration_without_a_compared_student_is_refused(
     override = f"distill.students={json.dumps(kept)}"
     place = ["--set", f"run_dir={tmp_path / 'run'}", "--out", str(tmp_path / "out")]
     assert main(["--study", "llava-mod", "--config", str(MOD), "--set", override, *place]) == 2
-    assert "distill.students lacks: sft" in capsys.readouterr().err
+    assert "the configuration lacks: sft" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,235 @@
+"""One model sits the questions of one long stream, by every method that it is asked to.
+
+The stream's frames are encoded once inside the sliding window; methods that retrieve choose among those blocks.
+`uniform` and `recent` are what is done without a memory: the chosen frames become a clip of their own, encoded anew.
+`full` encodes all frames under full attention. All answers are greedy, from the same prompt, and no question sees a
+frame later than its own. A plain class, without Ray; run by `stream_trials`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsight.data.stream_scenes import frames_of
+from sparsight.data.streams import QuestionedStream, StreamQuestion, StreamRecipe
+from sparsight.evaluate.stream_scores import StreamAnswerRow
+from sparsight.kv.answerer import Answer, StreamAnswerer
+from sparsight.kv.attention import KvTextModel
+from sparsight.kv.bank import RamBank
+from sparsight.kv.block import KvBlock
+from sparsight.kv.encoder import StreamEncoder, encode_sink
+from sparsight.kv.page import Encoding
+from sparsight.kv.retrieve import BestAndRecent, ByEmbedding, ByNumber, Retriever
+from sparsight.media.pixels import to_pixels
+from sparsight.media.video import Frame
+from sparsight.model.vision_language import VisionLanguageModel
+from sparsight.trials import StreamMethod
+
+FRAMES_PER_CALL = 64
+
+EmbedQuestion = Callable[[str], Tensor]
+"""A question's vector [D], to be compared with frames'."""
+
+
+class FrameVectors(NamedTuple):
+    """What external retrieval compares: every frame's vector, and how a question gets one."""
+
+    frames_ND: Tensor
+    embed_question: EmbedQuestion
+
+
+EmbedStream = Callable[[Tensor], FrameVectors]
+"""From a stream's projected frames [F, S, D]."""
+
+
+class StreamExam:
+    """A model, ready to be asked about streams. `embed_stream` serves the method `external`."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        window_tokens: int,
+        max_answer_tokens: int,
+        embed_stream: EmbedStream | None = None,
+    ) -> None:
+        self._model = model
+        self._kv_model = KvTextModel(model.model.model.language_model)
+        self._window_tokens = window_tokens
+        self._max_answer_tokens = max_answer_tokens
+        self._embed_stream = embed_stream
+        self._sink = encode_sink(self._kv_model, torch.tensor(model.chat.frames_prompt("?").before_ids))
+        self._answerer = StreamAnswerer(
+            self._kv_model,
+            model.model.get_output_embeddings(),
+            after_frames_SD=model.newline_D.detach()[None],
+            never_ids=(model.chat.visual_id,),
+        )
+
+    def sit(
+        self, name: str, stream: QuestionedStream, methods: Sequence[StreamMethod]
+    ) -> tuple[list[StreamAnswerRow], list[str]]:
+        """The answers to all questions by all methods, and which methods the stream is too long for."""
+        recipe = stream.recipe
+        frames_FSD = self.frame_embeds(recipe)
+        vectors = None
+        if self._embed_stream is not None and any(method.kind == "external" for method in methods):
+            vectors = self._embed_stream(frames_FSD)
+        banks = self._banks(methods, recipe, frames_FSD)
+        fitting = [method for method in methods if method.kind != "full" or self._fits(recipe.frames)]
+        rows: list[StreamAnswerRow] = []
+        for question in stream.questions:
+            frame = round(question.time_s * recipe.frames_per_second)
+            for method in fitting:
+                answer = self._ask(method, question, frame, recipe, frames_FSD, banks, vectors)
+                rows.append(self._row(name, method.name, stream, question, answer))
+        return rows, [method.name for method in methods if method not in fitting]
+
+    def _ask(
+        self,
+        method: StreamMethod,
+        question: StreamQuestion,
+        frame: int,
+        recipe: StreamRecipe,
+        frames_FSD: Tensor,
+        banks: Mapping[str, RamBank],
+        vectors: FrameVectors | None,
+    ) -> Answer:
+        prompt = self._model.chat.frames_prompt(question.question)
+        if method.kind in ("uniform", "recent"):
+            numbers = chosen_alone(method, frame)
+            bank = self._bank(self._encode(frames_FSD[numbers], recipe, numbers, self._kv_model.max_tokens))
+            retriever: Retriever = BestAndRecent(best=len(numbers))
+        else:
+            bank = banks["full" if method.kind == "full" else method.pages]
+            retriever = retriever_of(method, question, frame, recipe, vectors)
+        return self._answerer.ask(
+            bank,
+            torch.tensor(prompt.after_ids),
+            retriever,
+            max_new_tokens=self._max_answer_tokens,
+            stop_ids=(self._model.chat.end_id,),
+            question=prompt.question,
+            until_s=recipe.time_s(frame + 1),
+            two_pass=method.two_pass,
+        )
+
+    def _row(
+        self, name: str, method: str, stream: QuestionedStream, question: StreamQuestion, answer: Answer
+    ) -> StreamAnswerRow:
+        recalls = [question.recall(layer.spans_s) for layer in answer.evidence]
+        known = [recall for recall in recalls if recall is not None]
+        return StreamAnswerRow(
+            model=name,
+            method=method,
+            stream=stream.id,
+            seconds=stream.recipe.seconds,
+            question_id=question.id,
+            kind=question.kind,
+            answer_type=question.answer_type,
+            question=question.question,
+            reference=question.answer,
+            answer=self._model.chat.decode(answer.ids),
+            recall=sum(known) / len(known) if known else math.nan,
+        )
+
+    def frame_embeds(self, recipe: StreamRecipe) -> Tensor:
+        """Every frame of the stream, projected: [F, S, D]."""
+        parts: list[Tensor] = []
+        waiting: list[Frame] = []
+        for frame in frames_of(recipe):
+            waiting.append(frame)
+            if len(waiting) == FRAMES_PER_CALL:
+                parts.append(self._projected(waiting))
+                waiting = []
+        return torch.cat([*parts, *([self._projected(waiting)] if waiting else [])])
+
+    def _projected(self, frames: Sequence[Frame]) -> Tensor:
+        with torch.no_grad():
+            pixels_FCHW = to_pixels([frame.picture for frame in frames], self._model.pixels)
+            return self._model.frame_embeds(self._model.features(pixels_FCHW))
+
+    def _banks(self, methods: Sequence[StreamMethod], recipe: StreamRecipe, frames_FSD: Tensor) -> dict[str, RamBank]:
+        """The stream's memory by kind of page, and `full`, as far as the methods need them."""
+        numbers = list(range(recipe.frames))
+        kept: set[Encoding] = {method.pages for method in methods if method.kind in ("internal", "external", "oracle")}
+        banks: dict[str, RamBank] = {}
+        if kept:
+            blocks = self._encode(frames_FSD, recipe, numbers, self._window_tokens)
+            for pages in sorted(kept):
+                banks[pages] = self._bank(blocks if pages == "plain" else [quantised(it, pages) for it in blocks])
+        if any(method.kind == "full" for method in methods) and self._fits(recipe.frames):
+            banks["full"] = self._bank(self._encode(frames_FSD, recipe, numbers, self._kv_model.max_tokens))
+        return banks
+
+    def _fits(self, frames: int) -> bool:
+        """Whether all frames, the longest prompt and the answer have room in the model's longest context."""
+        room = 256 + self._max_answer_tokens
+        return self._sink.tokens + frames * self._model.frame_tokens + room <= self._kv_model.max_tokens
+
+    def _encode(
+        self, frames_FSD: Tensor, recipe: StreamRecipe, numbers: Sequence[int], window_tokens: int
+    ) -> list[KvBlock]:
+        encoder = StreamEncoder(self._kv_model, self._sink, window_tokens)
+        spans_s = [(recipe.time_s(number), recipe.time_s(number + 1)) for number in numbers]
+        blocks: list[KvBlock] = []
+        for start in range(0, len(spans_s), FRAMES_PER_CALL):
+            part = slice(start, start + FRAMES_PER_CALL)
+            blocks += encoder.encode(frames_FSD[part], spans_s[part])
+        return blocks
+
+    def _bank(self, blocks: Sequence[KvBlock]) -> RamBank:
+        bank = RamBank(self._sink, budget_bytes=self._sink.nbytes + sum(block.nbytes for block in blocks))
+        for block in blocks:
+            bank.put(block)
+        return bank
+
+
+def quantised(block: KvBlock, pages: Encoding) -> KvBlock:
+    """The same block as it would have been kept with quantised pages."""
+    return KvBlock.from_page(block.number, block.start_s, block.end_s, block.page_L2GSC, pages)
+
+
+def chosen_alone(method: StreamMethod, frame: int) -> list[int]:
+    """The frames of the methods without a memory, for a question when `frame` is the newest."""
+    if method.kind == "recent":
+        return list(range(max(0, frame + 1 - method.frames), frame + 1))
+    return evenly(range(frame + 1), method.frames)
+
+
+def retriever_of(
+    method: StreamMethod, question: StreamQuestion, frame: int, recipe: StreamRecipe, vectors: FrameVectors | None
+) -> Retriever:
+    """How the methods with a memory choose blocks."""
+    best = method.frames - method.recent
+    if method.kind == "full":
+        return BestAndRecent(best=frame + 1)
+    if method.kind == "internal":
+        return BestAndRecent(best, method.recent, method.similarity, method.group, method.mass)
+    if method.kind == "external":
+        assert vectors is not None, "external retrieval needs embeddings"
+        question_D = vectors.embed_question(question.question)
+        return ByEmbedding(vectors.frames_ND, question_D, best, method.recent, method.group)
+    assert method.kind == "oracle"
+    recent = list(range(max(0, frame + 1 - method.recent), frame + 1))
+    return ByNumber(tuple(dict.fromkeys([*evenly(evidence_frames(question, frame, recipe), best), *recent])))
+
+
+def evidence_frames(question: StreamQuestion, frame: int, recipe: StreamRecipe) -> list[int]:
+    """The frames up to `frame` that show the question's evidence; without evidence all, since any may deny it."""
+    if not question.evidence_s:
+        return list(range(frame + 1))
+    spans = [
+        (round(start_s * recipe.frames_per_second), round(end_s * recipe.frames_per_second))
+        for start_s, end_s in question.evidence_s
+    ]
+    return [number for start, end in spans for number in range(start, min(end, frame + 1))]
+
+
+def evenly(numbers: Sequence[int], most: int) -> list[int]:
+    """At most so many of the numbers, at equal distances, each from the middle of its stretch."""
+    if len(numbers) <= most:
+        return list(numbers)
+    return [numbers[int((index + 0.5) * len(numbers) / most)] for index in range(most)]

@@ -1,0 +1,122 @@
+"""Questions about long streams: every chosen model is asked by every method. Artefact `stream_evaluation`.
+
+A Ray task for each model and stream, longest streams first, hands back its answers as rows. Called by
+`pipelines.evaluate` where the configuration has `evaluate.streams`; the protocol is docs/protocol.md.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+
+from pipelines.models import ModelSource
+from pipelines.runtime import connect, model_task, require
+from pipelines.stream_exam import StreamExam
+from sparsight import layout
+from sparsight.artifacts import Artifact, RunDirectory, read_manifest
+from sparsight.config import RunConfig, StreamMethod, StreamTrials
+from sparsight.data.streams import QuestionedStream, iter_streams
+from sparsight.evaluate.stream_scores import StreamAnswerRow, from_parquet, metrics, scores, table, to_parquet
+from sparsight.observe import progress_bar, say
+from sparsight.storage import Storage
+
+KIND, VERSION = "stream_evaluation", 1
+ANSWERS = "answers.parquet"
+
+
+def ask_about_streams(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource]) -> None:
+    """Write the artefact `stream_evaluation`; a finished one is left alone.
+
+    Raises `ArtifactError` where the streams are not finished.
+    """
+    artifact = _artifact(config, trials, models)
+    if artifact.finished is not None:
+        say("streams: nothing to do, the answers are there")
+        return
+    start_s = time.monotonic()
+    artifact.begin()
+    rows = _answers(config, trials, _asked(trials, models))
+    found = scores(rows)
+    artifact.storage.write_bytes(ANSWERS, to_parquet(rows))
+    figures = {
+        f"{model}_{method}_{key}": score.by_kind[key]
+        for (model, method), score in found.items()
+        for key in score.by_kind
+    }
+    artifact.commit({"answers": len(rows)}, figures | {"wall_s": time.monotonic() - start_s})
+    say(f"answers about {'test' if config.evaluate.sets == 'tests' else 'validation'} streams\n{table(found)}")
+
+
+def read_stream_metrics(config: RunConfig) -> dict[str, dict[str, float]]:
+    """What the finished answers of a run come to, by `model/method` (`student/internal`)."""
+    storage, _ = RunDirectory(config.run_dir).finished(_name(config), KIND)
+    found = scores(from_parquet(storage.read_bytes(ANSWERS)))
+    return {f"{model}/{method}": metrics(score) for (model, method), score in found.items()}
+
+
+def plan_stream_trials(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource]) -> list[str]:
+    """One line: what would be done."""
+    artifact = _artifact(config, trials, models)
+    return [f"streams: {'finished, kept' if artifact.finished else 'to be written'} ({artifact.storage.uri})"]
+
+
+def _name(config: RunConfig) -> str:
+    return layout.asked(config.evaluate.sets, layout.STREAM_EVALUATION)
+
+
+def _streams(config: RunConfig) -> Storage:
+    name = layout.TEST_STREAMS if config.evaluate.sets == "tests" else layout.VALIDATION_STREAMS
+    return RunDirectory(config.run_dir).finished(name, "streams")[0]
+
+
+def _artifact(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource]) -> Artifact:
+    inputs = {f"model_{model.name}": model.fingerprint for model in _asked(trials, models)}
+    inputs["streams"] = read_manifest(_streams(config), "streams").fingerprint
+    return RunDirectory(config.run_dir).artifact(_name(config), KIND, VERSION, trials, inputs)
+
+
+def _asked(trials: StreamTrials, models: Sequence[ModelSource]) -> list[ModelSource]:
+    """The models in the order of the configuration, but for a teacher that is of another architecture."""
+    by_name = {model.name: model for model in models}
+    return [by_name[name] for name in trials.models if name in by_name]
+
+
+def _answers(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource]) -> list[StreamAnswerRow]:
+    connect(config.resources)
+    resources = config.resources
+    require(resources.threads_per_worker, resources.label_gpus, resources.start_timeout_s, "evaluation of streams")
+    streams = sorted(iter_streams(_streams(config)), key=lambda stream: -stream.recipe.frames)
+    sit = model_task(_sit, resources)
+    work: dict[Any, tuple[str, str]] = {}
+    for stream in streams:
+        for model in models:
+            methods = trials.methods_of(model.name)
+            work[sit.remote(model, stream, methods, trials, resources.threads_per_worker)] = model.name, stream.id
+    asked = sum(len(stream.questions) for stream in streams)
+    bar = progress_bar(
+        "asking about streams", total=asked * sum(len(trials.methods_of(it.name)) for it in models), unit="answer"
+    )
+    parts: dict[tuple[str, str], list[StreamAnswerRow]] = {}
+    too_long: set[tuple[str, str, float]] = set()
+    lengths = {stream.id: (len(stream.questions), stream.recipe.seconds) for stream in streams}
+    while work:
+        ready: Any = ray.wait(list(work), num_returns=1)[0][0]
+        model_name, stream_id = key = work.pop(ready)
+        parts[key], left_out = ray.get(ready)
+        too_long |= {(model_name, method, lengths[stream_id][1]) for method in left_out}
+        bar.update(len(parts[key]) + len(left_out) * lengths[stream_id][0])
+    bar.close()
+    for model_name, method, seconds in sorted(too_long):
+        say(f"streams of {seconds:g} s are longer than {model_name}'s longest context: not asked by '{method}'")
+    return [row for key in sorted(parts) for row in parts[key]]
+
+
+def _sit(
+    model: ModelSource, stream: QuestionedStream, methods: Sequence[StreamMethod], trials: StreamTrials, threads: int
+) -> tuple[list[StreamAnswerRow], list[str]]:
+    """Runs in a worker: one model, one stream."""
+    torch.set_num_threads(threads)
+    exam = StreamExam(model.load(), trials.window_tokens, trials.max_answer_tokens)
+    return exam.sit(model.name, stream, methods)
