@@ -7,8 +7,7 @@ frame later than its own. A plain class, without Ray; run by `stream_trials`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +20,9 @@ from sparsight.kv.attention import KvTextModel
 from sparsight.kv.bank import RamBank
 from sparsight.kv.block import KvBlock
 from sparsight.kv.encoder import StreamEncoder, encode_sink
+from sparsight.kv.head_training import evidence_frames
 from sparsight.kv.page import Encoding
+from sparsight.kv.retrieval_head import HeadEmbedder
 from sparsight.kv.retrieve import BestAndRecent, ByEmbedding, ByNumber, Retriever
 from sparsight.media.pixels import to_pixels
 from sparsight.media.video import Frame
@@ -30,36 +31,22 @@ from sparsight.trials import StreamMethod
 
 FRAMES_PER_CALL = 64
 
-EmbedQuestion = Callable[[str], Tensor]
-"""A question's vector [D], to be compared with frames'."""
-
-
-class FrameVectors(NamedTuple):
-    """What external retrieval compares: every frame's vector, and how a question gets one."""
-
-    frames_ND: Tensor
-    embed_question: EmbedQuestion
-
-
-EmbedStream = Callable[[Tensor], FrameVectors]
-"""From a stream's projected frames [F, S, D]."""
-
 
 class StreamExam:
-    """A model, ready to be asked about streams. `embed_stream` serves the method `external`."""
+    """A model, ready to be asked about streams. Its `embedder` serves the method `external`."""
 
     def __init__(
         self,
         model: VisionLanguageModel,
         window_tokens: int,
         max_answer_tokens: int,
-        embed_stream: EmbedStream | None = None,
+        embedder: HeadEmbedder | None = None,
     ) -> None:
         self._model = model
         self._kv_model = KvTextModel(model.model.model.language_model)
         self._window_tokens = window_tokens
         self._max_answer_tokens = max_answer_tokens
-        self._embed_stream = embed_stream
+        self._embedder = embedder
         self._sink = encode_sink(self._kv_model, torch.tensor(model.chat.frames_prompt("?").before_ids))
         self._answerer = StreamAnswerer(
             self._kv_model,
@@ -74,16 +61,14 @@ class StreamExam:
         """The answers to all questions by all methods, and which methods the stream is too long for."""
         recipe = stream.recipe
         frames_FSD = self.frame_embeds(recipe)
-        vectors = None
-        if self._embed_stream is not None and any(method.kind == "external" for method in methods):
-            vectors = self._embed_stream(frames_FSD)
+        vectors_FD = None if self._embedder is None else self._embedder.embed_projected(frames_FSD)
         banks = self._banks(methods, recipe, frames_FSD)
         fitting = [method for method in methods if method.kind != "full" or self._fits(recipe.frames)]
         rows: list[StreamAnswerRow] = []
         for question in stream.questions:
             frame = round(question.time_s * recipe.frames_per_second)
             for method in fitting:
-                answer = self._ask(method, question, frame, recipe, frames_FSD, banks, vectors)
+                answer = self._ask(method, question, frame, recipe, frames_FSD, banks, vectors_FD)
                 rows.append(self._row(name, method.name, stream, question, answer))
         return rows, [method.name for method in methods if method not in fitting]
 
@@ -95,7 +80,7 @@ class StreamExam:
         recipe: StreamRecipe,
         frames_FSD: Tensor,
         banks: Mapping[str, RamBank],
-        vectors: FrameVectors | None,
+        vectors_FD: Tensor | None,
     ) -> Answer:
         prompt = self._model.chat.frames_prompt(question.question)
         if method.kind in ("uniform", "recent"):
@@ -104,7 +89,7 @@ class StreamExam:
             retriever: Retriever = BestAndRecent(best=len(numbers))
         else:
             bank = banks["full" if method.kind == "full" else method.pages]
-            retriever = retriever_of(method, question, frame, recipe, vectors)
+            retriever = self._retriever(method, question, frame, recipe, vectors_FD)
         return self._answerer.ask(
             bank,
             torch.tensor(prompt.after_ids),
@@ -115,6 +100,27 @@ class StreamExam:
             until_s=recipe.time_s(frame + 1),
             two_pass=method.two_pass,
         )
+
+    def _retriever(
+        self,
+        method: StreamMethod,
+        question: StreamQuestion,
+        frame: int,
+        recipe: StreamRecipe,
+        vectors_FD: Tensor | None,
+    ) -> Retriever:
+        """How the methods with a memory choose blocks."""
+        best = method.frames - method.recent
+        if method.kind == "full":
+            return BestAndRecent(best=frame + 1)
+        if method.kind == "oracle":
+            return ByNumber(oracle_frames(method, question, frame, recipe))
+        if method.kind == "external":
+            assert self._embedder is not None, "external retrieval needs a head"
+            assert vectors_FD is not None
+            question_D = self._embedder.embed_question(question.question)
+            return ByEmbedding(vectors_FD, question_D, best, method.recent, method.group)
+        return BestAndRecent(best, method.recent, method.similarity, method.group, method.mass)
 
     def _row(
         self, name: str, method: str, stream: QuestionedStream, question: StreamQuestion, answer: Answer
@@ -199,33 +205,12 @@ def chosen_alone(method: StreamMethod, frame: int) -> list[int]:
     return evenly(range(frame + 1), method.frames)
 
 
-def retriever_of(
-    method: StreamMethod, question: StreamQuestion, frame: int, recipe: StreamRecipe, vectors: FrameVectors | None
-) -> Retriever:
-    """How the methods with a memory choose blocks."""
-    best = method.frames - method.recent
-    if method.kind == "full":
-        return BestAndRecent(best=frame + 1)
-    if method.kind == "internal":
-        return BestAndRecent(best, method.recent, method.similarity, method.group, method.mass)
-    if method.kind == "external":
-        assert vectors is not None, "external retrieval needs embeddings"
-        question_D = vectors.embed_question(question.question)
-        return ByEmbedding(vectors.frames_ND, question_D, best, method.recent, method.group)
-    assert method.kind == "oracle"
-    recent = list(range(max(0, frame + 1 - method.recent), frame + 1))
-    return ByNumber(tuple(dict.fromkeys([*evenly(evidence_frames(question, frame, recipe), best), *recent])))
-
-
-def evidence_frames(question: StreamQuestion, frame: int, recipe: StreamRecipe) -> list[int]:
-    """The frames up to `frame` that show the question's evidence; without evidence all, since any may deny it."""
-    if not question.evidence_s:
-        return list(range(frame + 1))
-    spans = [
-        (round(start_s * recipe.frames_per_second), round(end_s * recipe.frames_per_second))
-        for start_s, end_s in question.evidence_s
-    ]
-    return [number for start, end in spans for number in range(start, min(end, frame + 1))]
+def oracle_frames(method: StreamMethod, question: StreamQuestion, frame: int, recipe: StreamRecipe) -> tuple[int, ...]:
+    """Frames of the evidence at equal distances, or of everything so far where nothing is evidence, since any frame may
+    deny then; and the newest."""
+    evidence: list[int] = evidence_frames(question, recipe)[: frame + 1].nonzero().flatten().tolist()
+    newest = range(max(0, frame + 1 - method.recent), frame + 1)
+    return tuple(dict.fromkeys([*evenly(evidence or range(frame + 1), method.frames - method.recent), *newest]))
 
 
 def evenly(numbers: Sequence[int], most: int) -> list[int]:

@@ -1,29 +1,37 @@
 """Questions about long streams: every chosen model is asked by every method. Artefact `stream_evaluation`.
 
-A Ray task for each model and stream, longest streams first, hands back its answers as rows. Called by
+External retrieval first trains a head for each model, an artefact under `retrieval_heads`. Then a Ray task for each
+model and stream, longest streams first, hands back its answers as rows. Called by
 `pipelines.evaluate` where the configuration has `evaluate.streams`; the protocol is docs/protocol.md.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import ray
 import torch
 
 from pipelines.models import ModelSource
+from pipelines.prepare import LONG_STREAM_SETTINGS
 from pipelines.runtime import connect, model_task, require
 from pipelines.stream_exam import StreamExam
 from sparsight import layout
 from sparsight.artifacts import Artifact, RunDirectory, read_manifest
-from sparsight.config import RunConfig, StreamMethod, StreamTrials
+from sparsight.config import RunConfig, StreamMethod, StreamsSource, StreamTrials
+from sparsight.data.stream_questions import retrieval_clips
 from sparsight.data.streams import QuestionedStream, iter_streams
 from sparsight.evaluate.stream_scores import StreamAnswerRow, from_parquet, metrics, scores, table, to_parquet
+from sparsight.kv.head_training import train_head
+from sparsight.kv.retrieval_head import HeadEmbedder, RetrievalHead
 from sparsight.observe import progress_bar, say
 from sparsight.storage import Storage
 
 KIND, VERSION = "stream_evaluation", 1
 ANSWERS = "answers.parquet"
+HEAD_CLIPS = 800
+"""Clips that a retrieval head learns from: what is drawn and kept in memory for it takes seconds."""
 
 
 def ask_about_streams(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource]) -> None:
@@ -37,7 +45,11 @@ def ask_about_streams(config: RunConfig, trials: StreamTrials, models: Sequence[
         return
     start_s = time.monotonic()
     artifact.begin()
-    rows = _answers(config, trials, _asked(trials, models))
+    connect(config.resources)
+    resources = config.resources
+    require(resources.threads_per_worker, resources.label_gpus, resources.start_timeout_s, "evaluation of streams")
+    asked = _asked(trials, models)
+    rows = _answers(config, trials, asked, _heads(config, trials, asked))
     found = scores(rows)
     artifact.storage.write_bytes(ANSWERS, to_parquet(rows))
     figures = {
@@ -83,17 +95,51 @@ def _asked(trials: StreamTrials, models: Sequence[ModelSource]) -> list[ModelSou
     return [by_name[name] for name in trials.models if name in by_name]
 
 
-def _answers(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource]) -> list[StreamAnswerRow]:
-    connect(config.resources)
-    resources = config.resources
-    require(resources.threads_per_worker, resources.label_gpus, resources.start_timeout_s, "evaluation of streams")
+def _heads(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource]) -> dict[str, Storage]:
+    """A finished retrieval head for each model that is asked by external retrieval."""
+    (source,) = [it for it in config.data.sources if isinstance(it, StreamsSource) and it.streams > 0]
+    learning = source.model_dump(mode="json", exclude=set(LONG_STREAM_SETTINGS))
+    threads = config.resources.threads_per_worker
+    heads: dict[str, Storage] = {}
+    work: list[Any] = []
+    for model in models:
+        if all(method.kind != "external" for method in trials.methods_of(model.name)):
+            continue
+        artifact = RunDirectory(config.run_dir).artifact(
+            f"{layout.RETRIEVAL_HEADS}/{model.label}",
+            "retrieval_head",
+            VERSION,
+            {"source": learning, "seed": config.seed},
+            {"model": model.fingerprint},
+        )
+        heads[model.name] = artifact.storage
+        if artifact.finished is None:
+            artifact.begin()
+            work.append(model_task(_train_head, config.resources).remote(model, source, config.seed, artifact, threads))
+    if work:
+        say("streams: training the heads of external retrieval")
+        ray.get(work)
+    return heads
+
+
+def _train_head(model: ModelSource, source: StreamsSource, seed: int, artifact: Artifact, threads: int) -> None:
+    """Runs in a worker."""
+    torch.set_num_threads(threads)
+    clips = islice(retrieval_clips(source, seed), HEAD_CLIPS)
+    train_head(model.load(), clips, seed).save(artifact.storage)
+    artifact.commit()
+
+
+def _answers(
+    config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource], heads: Mapping[str, Storage]
+) -> list[StreamAnswerRow]:
     streams = sorted(iter_streams(_streams(config)), key=lambda stream: -stream.recipe.frames)
-    sit = model_task(_sit, resources)
+    sit, threads = model_task(_sit, config.resources), config.resources.threads_per_worker
     work: dict[Any, tuple[str, str]] = {}
     for stream in streams:
         for model in models:
             methods = trials.methods_of(model.name)
-            work[sit.remote(model, stream, methods, trials, resources.threads_per_worker)] = model.name, stream.id
+            work[sit.remote(model, stream, methods, trials, heads.get(model.name), threads)] = model.name, stream.id
     asked = sum(len(stream.questions) for stream in streams)
     bar = progress_bar(
         "asking about streams", total=asked * sum(len(trials.methods_of(it.name)) for it in models), unit="answer"
@@ -114,9 +160,16 @@ def _answers(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSour
 
 
 def _sit(
-    model: ModelSource, stream: QuestionedStream, methods: Sequence[StreamMethod], trials: StreamTrials, threads: int
+    source: ModelSource,
+    stream: QuestionedStream,
+    methods: Sequence[StreamMethod],
+    trials: StreamTrials,
+    head: Storage | None,
+    threads: int,
 ) -> tuple[list[StreamAnswerRow], list[str]]:
     """Runs in a worker: one model, one stream."""
     torch.set_num_threads(threads)
-    exam = StreamExam(model.load(), trials.window_tokens, trials.max_answer_tokens)
-    return exam.sit(model.name, stream, methods)
+    model = source.load()
+    embedder = None if head is None else HeadEmbedder(model, RetrievalHead.load(head))
+    exam = StreamExam(model, trials.window_tokens, trials.max_answer_tokens, embedder)
+    return exam.sit(source.name, stream, methods)

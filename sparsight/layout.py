@@ -18,6 +18,7 @@ FEATURES = "features"
 EXPORT = "export"
 EVALUATION = "evaluation"
 STREAM_EVALUATION = "stream_evaluation"
+RETRIEVAL_HEADS = "retrieval_heads"
 REPORT = "report"
 
 MODEL = "model"

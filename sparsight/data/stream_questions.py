@@ -3,7 +3,8 @@
 Two kinds: about what is on at the time of asking (`now_…`), and about what was before (`past_…`). An answer depends on
 frames up to the time of asking alone, and follows from the evidence frames in their order, without a clock. Yes and
 no, before and after are equally frequent whatever is asked, so that who sees nothing guesses. Short clips become
-ordinary samples for training; long streams are for evaluation alone. Called by `pipelines.prepare`.
+ordinary samples for training, others teach retrieval; long streams are for evaluation alone. Called by
+`pipelines.prepare` and by the training of retrieval.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -200,9 +201,7 @@ def clip_samples(
     for number in count():
         if made == wanted:
             return
-        least = max(1, source.clip_frames // 2)
-        frames = least + number % (source.clip_frames - least + 1)
-        recipe = _recipe(source, f"{split}_clips", seed, number, frames, source.clip_frames_per_second)
+        recipe = _clip_recipe(source, f"{split}_clips", seed, number)
         shown = list(frames_of(recipe))
         pictures = tuple(encode_png(frame.picture) for frame in shown)
         if hash_frames(pictures) in exclude:
@@ -224,6 +223,18 @@ def _clip_turns(recipe: StreamRecipe) -> tuple[Turn, ...]:
     shuffled = list(turns.values())
     random.shuffle(shuffled)
     return tuple(shuffled)
+
+
+def retrieval_clips(source: StreamsSource, seed: int) -> Iterator[QuestionedStream]:
+    """As many clips as `source.clips`, with questions, their times and their evidence: what retrieval learns from.
+
+    They are a split of their own, because `clip_samples` of the training split are dealt out and some of them end in
+    the validation set. Same arguments, same rows.
+    """
+    for number in range(source.clips):
+        recipe = _clip_recipe(source, "retrieval_clips", seed, number)
+        name = f"{SOURCE}/retrieval/{number}"
+        yield QuestionedStream(name, SOURCE, recipe, stream_questions(recipe, ROUNDS * len(TYPES), name))
 
 
 def long_streams(source: StreamsSource, split: Literal["validation", "test"], seed: int) -> Iterator[QuestionedStream]:
@@ -267,6 +278,13 @@ def stream_questions(recipe: StreamRecipe, number: int, name: str) -> tuple[Stre
         )
         for index, (frame, answer_type, found) in enumerate(asked)
     )
+
+
+def _clip_recipe(source: StreamsSource, split: str, seed: int, number: int) -> StreamRecipe:
+    """Lengths go from half of `source.clip_frames` to all of it, in turn."""
+    least = max(1, source.clip_frames // 2)
+    frames = least + number % (source.clip_frames - least + 1)
+    return _recipe(source, split, seed, number, frames, source.clip_frames_per_second)
 
 
 def _recipe(

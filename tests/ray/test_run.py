@@ -50,7 +50,7 @@ TRIALS: dict[str, Any] = {
     "models": ["student", "teacher"],
     "window_tokens": 100,
     "methods": [{"name": "internal", "frames": 4, "recent": 1}, {"name": "recent", "kind": "recent", "frames": 2}],
-    "ablations": [{"name": "full", "kind": "full"}],
+    "ablations": [{"name": "full", "kind": "full"}, {"name": "external", "kind": "external", "frames": 4, "recent": 1}],
     "max_answer_tokens": 2,
 }
 UPCYCLE = {"experts": 4, "active_experts": 2, "layers": [1]}
@@ -122,7 +122,13 @@ def test_models_are_asked_about_every_stream_by_every_method(run_dir: Path) -> N
     asked = [row for row in rows if (row.model, row.method) == ("student", "internal")]
     assert {row.seconds for row in asked} == {20.0, 40.0}
     by = Counter((row.model, row.method) for row in rows)
-    ways = [("student", "internal"), ("student", "recent"), ("student", "full"), ("teacher", "internal")]
+    ways = [
+        ("student", "internal"),
+        ("student", "recent"),
+        ("student", "full"),
+        ("student", "external"),
+        ("teacher", "internal"),
+    ]
     assert by == dict.fromkeys([*ways, ("teacher", "recent")], len(asked))
 
 

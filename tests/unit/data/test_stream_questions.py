@@ -10,8 +10,8 @@ from random import Random
 import pytest
 
 from sparsight.config import StreamsSource
-from sparsight.data.scenes import COLOUR_NAMES, SHAPES
-from sparsight.data.stream_questions import TYPES, clip_samples, draft, long_streams
+from sparsight.data.scenes import COLOUR_NAMES, SHAPES, draw
+from sparsight.data.stream_questions import ROUNDS, TYPES, clip_samples, draft, long_streams, retrieval_clips
 from sparsight.data.stream_scenes import shots_of
 from sparsight.data.streams import QuestionedStream, StreamQuestion, StreamRecipe
 from sparsight.media.images import decode, encode_png
@@ -22,6 +22,7 @@ SOURCE = StreamsSource(
 )
 CLIPS = list(clip_samples(SOURCE, "train", 3, 100))
 STREAMS = list(long_streams(SOURCE, "test", 3))
+RETRIEVAL = list(retrieval_clips(SOURCE, 3))
 
 NAME = rf"(?:{'|'.join(COLOUR_NAMES)}) (?:{'|'.join(SHAPES)})"
 WORDS = ("zero", "one", "two", "three")
@@ -81,10 +82,9 @@ def worked_out(question: str, frames: Frames) -> tuple[str, set[int]]:
     raise AssertionError(f"no rule for the question {question!r}")
 
 
-@pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.id)
+@pytest.mark.parametrize("stream", [*STREAMS, *RETRIEVAL[:20]], ids=lambda stream: stream.id)
 def test_every_answer_of_a_stream_is_exact_and_follows_from_its_evidence(stream: QuestionedStream) -> None:
     recipe = stream.recipe
-    assert len(stream.questions) >= (20 if recipe.seconds < 60 else 30)
     for question in stream.questions:
         newest = round(question.time_s * recipe.frames_per_second)
         assert recipe.time_s(newest) == question.time_s
@@ -100,6 +100,15 @@ def test_every_answer_of_a_stream_is_exact_and_follows_from_its_evidence(stream:
         assert question.answer in question.alphabet
         assert question.answer_type.startswith(f"{question.kind}_")
         assert list(question.evidence_s) == sorted(question.evidence_s)
+
+
+def test_streams_and_clips_have_enough_questions() -> None:
+    for stream in STREAMS:
+        assert len(stream.questions) >= (20 if stream.recipe.seconds < 60 else 30)
+    assert {stream.recipe.frames for stream in RETRIEVAL} == set(range(8, 17))
+    past = [q for stream in RETRIEVAL for q in stream.questions if q.kind == "past" and q.evidence_s]
+    assert len(past) > 5 * len(RETRIEVAL)
+    assert max(len(stream.questions) for stream in RETRIEVAL) <= ROUNDS * len(TYPES)
 
 
 def test_every_answer_about_a_clip_is_exact() -> None:
@@ -219,6 +228,7 @@ def test_same_arguments_same_rows() -> None:
     assert list(long_streams(SOURCE, "test", 3)) == STREAMS
     few = SOURCE.model_copy(update={"clips": 20})
     assert list(clip_samples(few, "train", 3, 100)) == CLIPS[:20]
+    assert list(retrieval_clips(few, 3)) == RETRIEVAL[:20]
 
 
 def test_a_stream_does_not_depend_on_the_others() -> None:
@@ -238,6 +248,9 @@ def test_splits_and_seeds_share_nothing() -> None:
             scenes = [shot.scene for stream in long_streams(small, split, seed) for shot in shots_of(stream.recipe)]
             assert len(set(scenes)) == len(scenes)
             pictures.append({repr(scene).encode() for scene in scenes})
+    for seed in (0, 1):
+        scenes = [shot.scene for clip in retrieval_clips(small, seed) for shot in shots_of(clip.recipe)]
+        pictures.append({known for scene in scenes for known in (repr(scene).encode(), encode_png(draw(scene)))})
     assert len(set().union(*pictures)) == sum(len(one) for one in pictures)
 
 

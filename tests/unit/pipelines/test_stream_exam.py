@@ -6,12 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pipelines.stream_exam import FrameVectors, StreamExam, chosen_alone, evenly, evidence_frames, retriever_of
+from pipelines.stream_exam import StreamExam, chosen_alone, evenly, oracle_frames
 from sparsight.config import ArchitectureConfig, StreamMethod, StreamsSource
 from sparsight.data.stream_questions import long_streams
 from sparsight.data.streams import QuestionedStream, StreamQuestion, StreamRecipe
 from sparsight.kv.reference import full_attention_answer
-from sparsight.kv.retrieve import ByNumber
+from sparsight.kv.retrieval_head import HeadEmbedder, RetrievalHead, host_fingerprint
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.vision_language import VisionLanguageModel
 
@@ -40,16 +40,14 @@ def test_methods_without_a_memory_see_no_later_frame() -> None:
 
 
 def test_the_oracle_shows_evidence_that_has_been_seen_and_the_newest_frame() -> None:
-    assert evidence_frames(QUESTION, 9, RECIPE) == [2, 3, 8, 9]
-    assert evidence_frames(QUESTION, 8, RECIPE) == [2, 3, 8]
-    chosen = retriever_of(method("oracle", frames=3), QUESTION, 9, RECIPE, None)
-    assert isinstance(chosen, ByNumber)
-    assert chosen.numbers == (3, 9)
+    assert oracle_frames(method("oracle", frames=8), QUESTION, 9, RECIPE) == (2, 3, 8, 9)
+    assert oracle_frames(method("oracle", frames=8), QUESTION, 8, RECIPE) == (2, 3, 8)
+    assert oracle_frames(method("oracle", frames=3), QUESTION, 9, RECIPE) == (3, 9)
 
 
 def test_where_nothing_is_evidence_every_frame_may_deny() -> None:
     nothing = StreamQuestion("q", 18.0, "was there?", "no", "past", "past_ever", ("yes", "no"), ())
-    assert evidence_frames(nothing, 5, RECIPE) == [0, 1, 2, 3, 4, 5]
+    assert oracle_frames(method("oracle", frames=4), nothing, 5, RECIPE) == (1, 3, 5)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +75,8 @@ def stream() -> QuestionedStream:
     return next(iter(long_streams(source, "validation", 0)))
 
 
-def vectors_of(frames_FSD: torch.Tensor) -> FrameVectors:
-    return FrameVectors(frames_FSD.mean(dim=1), lambda question: frames_FSD.mean(dim=(0, 1)))
+def embedder_of(model: VisionLanguageModel) -> HeadEmbedder:
+    return HeadEmbedder(model, RetrievalHead(32, host=host_fingerprint(model)))
 
 
 METHODS = [
@@ -94,7 +92,7 @@ METHODS = [
 
 
 def test_every_question_is_answered_by_every_method(model: VisionLanguageModel, stream: QuestionedStream) -> None:
-    rows, too_long = StreamExam(model, 200, 4, vectors_of).sit("student", stream, METHODS)
+    rows, too_long = StreamExam(model, 200, 4, embedder_of(model)).sit("student", stream, METHODS)
     assert too_long == []
     assert len(rows) == len(stream.questions) * len(METHODS)
     assert {row.method for row in rows} == {it.name for it in METHODS}
