@@ -5,10 +5,12 @@ queries and keys before rotation. `KvTextModel` registers such a function with t
 function hands each layer's tensors to a `KvContext`, which chooses what they attend to and at which positions. No class
 of transformers is patched, and the model that was given keeps its own attention: `KvTextModel` works on a twin of its
 modules that shares every weight and has a config of its own.
-It knows nothing of frames, blocks or questions. Used by `encoder` and `answerer`, each with its own context.
+Several passes may go through the model side by side, each with its own context. It knows nothing of frames, blocks or
+questions. Used by `encoder` and `answerer`, each with contexts of its own.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -76,6 +78,29 @@ class KvTextModel:
             )
         return output.last_hidden_state[0]
 
+    def run_all(self, embeds: Sequence[Tensor], contexts: Sequence[KvContext]) -> tuple[Tensor, ...]:
+        """`run` for several passes, of any lengths, as one: each attends by its own context, and everything else is
+        computed for the tokens of all of them together."""
+        if not embeds:
+            return ()
+        tokens = [embeds_TD.shape[0] for embeds_TD in embeds]
+        rows_TD = torch.cat([embeds_TD.to(self.device, self.dtype) for embeds_TD in embeds])
+        return self.run(rows_TD, _SideBySide(contexts, tokens)).split(tokens)
+
+
+class _SideBySide:
+    """The `KvContext` of several passes whose tokens stand one behind the other: each part attends by its own."""
+
+    def __init__(self, contexts: Sequence[KvContext], tokens: list[int]) -> None:
+        self._contexts = contexts
+        self._tokens = tokens
+
+    def attend(self, layer: int, queries_HTC: Tensor, keys_GTC: Tensor, values_GTC: Tensor, scale: float) -> Tensor:
+        queries, keys, values = (x_HTC.split(self._tokens, dim=1) for x_HTC in (queries_HTC, keys_GTC, values_GTC))
+        parts = zip(self._contexts, queries, keys, values, strict=True)
+        outputs = [context.attend(layer, q_HTC, k_GTC, v_GTC, scale) for context, q_HTC, k_GTC, v_GTC in parts]
+        return torch.cat(outputs, dim=1)
+
 
 class Rotary:
     """The model's own rotary embedding, at positions that the caller chooses."""
@@ -140,8 +165,8 @@ def kv_attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """The function behind `ATTENTION_NAME`: shapes [1, heads, T, C] in, [1, T, H, C] out, as transformers asks."""
-    assert attention_mask is None, "a stream has no padding"
-    assert query.shape[0] == 1, "a stream is one sequence"
+    assert attention_mask is None, "a pass has no padding"
+    assert query.shape[0] == 1, "passes stand behind each other in one row"
     layer: Any = module.layer_idx
     return kv_context.attend(layer, query[0], key[0], value[0], scaling).transpose(0, 1)[None], None
 

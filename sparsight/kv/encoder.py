@@ -5,11 +5,13 @@ has left the window is seen as if it stood at the window's far edge (ReKV's rule
 is shorter than the window this is plain full attention. What a token sees depends on its place in the stream only, not
 on how frames are grouped into calls.
 The encoder keeps the window, which is the tail of its own blocks, and nothing else: it neither stores blocks nor
-answers, and never evaluates the language-model head. One encoder serves one stream.
+answers, and never evaluates the language-model head. One encoder serves one stream; frames of several streams may
+go through the model side by side (`StreamEncoder.encode_all`).
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,6 +68,7 @@ class StreamEncoder:
         self._kept_L2GWC = list(self._sink_L2GSC)
         self._seen_tokens = sink.tokens
         self._next_number = 0
+        self._frame_tokens: int | None = None
         self._last_start_s = -math.inf
         if blocks:
             self._continue_after(blocks)
@@ -78,28 +81,69 @@ class StreamEncoder:
     def encode(self, visual_embeds_FSD: Tensor, spans_s: Sequence[tuple[float, float]]) -> list[KvBlock]:
         """The blocks of F frames of S projected tokens each; `spans_s` are their (start, end) times in seconds.
 
-        Raises `StreamError` for times that run backwards or tokens of another width; then nothing has changed.
+        Raises `StreamError` for times that run backwards, tokens of another width, or frames of another size than the
+        stream's; then nothing has changed.
         """
-        F, S, D = visual_embeds_FSD.shape
-        if len(spans_s) != F or self._model.width != D:
+        [blocks] = self.encode_all([StreamFrames(self, visual_embeds_FSD, spans_s)])
+        if isinstance(blocks, StreamError):
+            raise blocks
+        return blocks
+
+    @staticmethod
+    def encode_all(batch: Sequence["StreamFrames"]) -> list[list[KvBlock] | StreamError]:
+        """The blocks of several streams' next frames, in one pass: one entry a stream, all streams of one model.
+
+        What `encode` would raise is a stream's own result; the others are as if it had not been there.
+        """
+        encoders = [frames.encoder for frames in batch]
+        assert len(set(encoders)) == len(batch), "a stream's frames come one entry after the other"
+        steps: list[_WindowPass | StreamError] = []
+        for frames in batch:
+            try:
+                steps.append(frames.encoder._begin(frames))
+            except StreamError as error:
+                steps.append(error)
+        going = [(frames, step) for frames, step in zip(batch, steps, strict=True) if isinstance(step, _WindowPass)]
+        if going:
+            model = encoders[0]._model
+            assert all(encoder._model is model for encoder in encoders), "a batch goes through one model"
+            embeds = [frames.visual_embeds_FSD.flatten(0, 1) for frames, _ in going]
+            model.run_all(embeds, [step for _, step in going])
+        return [
+            step if isinstance(step, StreamError) else frames.encoder._finish(frames, step)
+            for frames, step in zip(batch, steps, strict=True)
+        ]
+
+    def _begin(self, frames: "StreamFrames") -> "_WindowPass":
+        F, S, D = frames.visual_embeds_FSD.shape
+        if F == 0 or len(frames.spans_s) != F or self._model.width != D:
             raise StreamError(
-                f"{F} frames of width {D} came with {len(spans_s)} time spans, for a text model of width "
-                f"{self._model.width}: give one span a frame, and this model's projected tokens."
+                f"{F} frames of width {D} came with {len(frames.spans_s)} time spans, for a text model of width "
+                f"{self._model.width}: give at least one frame, one span a frame, and this model's projected tokens."
             )
-        last_start_s = _check_times(self._last_start_s, spans_s)
+        if self._frame_tokens not in (None, S):
+            raise StreamError(
+                f"a frame of {S} tokens cannot follow frames of {self._frame_tokens}: "
+                "encode a stream with one frame size."
+            )
+        _check_times(self._last_start_s, frames.spans_s)
         pages_L2GSC = [self._model.empty_page(S) for _ in range(F)]
-        step = _WindowPass(
+        return _WindowPass(
             self._model, self._sink_L2GSC, self._window_tokens, self._kept_L2GWC, self._seen_tokens, pages_L2GSC
         )
-        self._model.run(visual_embeds_FSD.flatten(0, 1), step)
+
+    def _finish(self, frames: "StreamFrames", step: "_WindowPass") -> list[KvBlock]:
+        """Take over what the pass has computed: from now on the stream has these frames."""
+        F, S, _ = frames.visual_embeds_FSD.shape
         numbers = range(self._next_number, self._next_number + F)
         self._kept_L2GWC = step.kept_L2GWC
+        self._frame_tokens = S
         self._seen_tokens += F * S
         self._next_number += F
-        self._last_start_s = last_start_s
+        self._last_start_s = frames.spans_s[-1][0]
         return [
             KvBlock.from_page(number, start_s, end_s, page, self._encoding)
-            for number, (start_s, end_s), page in zip(numbers, spans_s, pages_L2GSC, strict=True)
+            for number, (start_s, end_s), page in zip(numbers, frames.spans_s, step.pages_L2GSC, strict=True)
         ]
 
     def _continue_after(self, blocks: Sequence[KvBlock]) -> None:
@@ -115,8 +159,18 @@ class StreamEncoder:
         context_L2GTC = torch.cat((self._sink_L2GSC, *pages), dim=3)
         self._kept_L2GWC = list(context_L2GTC[..., -self._window_tokens :, :])
         self._seen_tokens += (last.number + 1) * last.tokens
+        self._frame_tokens = last.tokens
         self._next_number = last.number + 1
         self._last_start_s = last.start_s
+
+
+@dataclass(frozen=True, eq=False)
+class StreamFrames:
+    """The next frames of one stream, for `StreamEncoder.encode_all`; the fields are the arguments of `encode`."""
+
+    encoder: StreamEncoder
+    visual_embeds_FSD: Tensor
+    spans_s: Sequence[tuple[float, float]]
 
 
 class _WindowPass:
@@ -190,7 +244,7 @@ class _WindowPass:
         return self._masks[K, before]
 
 
-def _check_times(last_start_s: float, spans_s: Sequence[tuple[float, float]]) -> float:
+def _check_times(last_start_s: float, spans_s: Sequence[tuple[float, float]]) -> None:
     for start_s, end_s in spans_s:
         if not last_start_s <= start_s <= end_s < math.inf:
             raise StreamError(
@@ -198,4 +252,3 @@ def _check_times(last_start_s: float, spans_s: Sequence[tuple[float, float]]) ->
                 "send frames in time order."
             )
         last_start_s = start_s
-    return last_start_s

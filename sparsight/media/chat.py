@@ -21,8 +21,8 @@ Value = TypeVar("Value")
 Message = Mapping[str, Any]
 """A chat message in transformers' form: role, and content parts of type text or video."""
 
-ANSWER_MARK = "\ue000"
-"""Stands where an answer will, while a template renders a conversation; text of users never holds it."""
+TEXT_MARK = "\ue000"
+"""Stands for a text while a template renders a conversation, to be found again; text of users never holds it."""
 _REMEMBERED = 10_000
 
 
@@ -120,7 +120,7 @@ class ChatEncoder:
 
     def plain(self, text: str) -> str:
         """The text with the tokenizer's special tokens broken up, so that users cannot forge turns or pictures."""
-        text = text.replace(ANSWER_MARK, "")
+        text = text.replace(TEXT_MARK, "")
         for token in self._special:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
@@ -139,10 +139,8 @@ class ChatEncoder:
         pieces = self._pieces(turns, visual_tokens)
         texts: list[str] = [pieces[0]]
         for turn, piece in zip(turns, pieces[1:], strict=True):
-            if turn.answer is None:
-                raise DataError(f"the answer to '{turn.question}' is withheld: label the sample first")
             end, rest = self.split_end(piece)
-            texts += [self.plain(turn.answer) + end, rest]
+            texts += [self.plain(_answer_of(turn)) + end, rest]
         ids = self._tokenize(texts)
         input_ids = self._first(ids[0], visual_tokens)
         spans: list[tuple[int, int]] = []
@@ -206,21 +204,28 @@ class ChatEncoder:
         text = str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
         return self._expand(self._tokenize([text])[0], visual_tokens)
 
-    def frames_prompt(self, question: str) -> FramesPrompt:
-        """The prompt of one question (not empty) about a clip, cut where the clip stands."""
+    def frames_prompt(self, question: str, earlier: Sequence[Turn] = ()) -> FramesPrompt:
+        """The prompt of one question (not empty) about a clip, cut where the clip stands.
+
+        `earlier` are the turns of a dialogue before it: the clip stands in the first, so what is before it is the same
+        with and without them. How many fit beside the clip is the caller's to know. Raises `DataError` for an earlier
+        turn without an answer.
+        """
         question = self.plain(question).strip()
-        messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
-        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        texts = [self.plain(text).strip() for turn in earlier for text in (turn.question, _answer_of(turn))]
+        messages = _messages([*texts, TEXT_MARK], clip=True)
+        rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        before, *after = rendered.split(TEXT_MARK)
+        text = before + question + "".join(after)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoding["input_ids"])
-        if ids.count(self.visual_id) != 1 or question not in text:
+        if ids.count(self.visual_id) != 1 or len(after) != 1:
             raise DataError("the tokenizer's chat template does not show a clip and a question: streams need both")
         visual = ids.index(self.visual_id)
-        start = text.index(question, text.index(self.visual_token) + len(self.visual_token))
         own = [
             index
             for index, (first, last) in enumerate(encoding["offset_mapping"])
-            if index > visual and last > start and first < start + len(question)
+            if index > visual and last > len(before) and first < len(before) + len(question)
         ]
         return FramesPrompt(ids[:visual], ids[visual + 1 :], slice(own[0] - visual - 1, own[-1] - visual))
 
@@ -229,14 +234,10 @@ class ChatEncoder:
 
     def _pieces(self, turns: Sequence[Turn], visual_tokens: int) -> list[str]:
         """The rendered conversation cut where the answers stand: one piece more than there are turns."""
-        messages: list[Message] = []
-        for index, turn in enumerate(turns):
-            content: list[Message] = [{"type": "video"}] if visual_tokens and index == 0 else []
-            content.append({"type": "text", "text": self.plain(turn.question)})
-            messages.append({"role": "user", "content": content})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER_MARK}]})
+        texts = [text for turn in turns for text in (self.plain(turn.question), TEXT_MARK)]
+        messages = _messages(texts, clip=visual_tokens > 0)
         text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        pieces = text.split(ANSWER_MARK)
+        pieces = text.split(TEXT_MARK)
         if len(pieces) != len(turns) + 1:
             raise DataError("the tokenizer's chat template drops or repeats answers: it cannot be trained on")
         return pieces
@@ -264,3 +265,19 @@ class ChatEncoder:
         if placeholders != len(visual_tokens):
             raise DataError(f"the conversation shows {placeholders} pictures but {len(visual_tokens)} were given")
         return expanded
+
+
+def _messages(texts: Sequence[str], clip: bool) -> list[Message]:
+    """User and assistant in turn, the user first; with a clip, that stands before the first message's text."""
+    messages: list[Message] = []
+    for index, text in enumerate(texts):
+        content: list[Message] = [{"type": "video"}] if clip and index == 0 else []
+        content.append({"type": "text", "text": text})
+        messages.append({"role": "assistant" if index % 2 else "user", "content": content})
+    return messages
+
+
+def _answer_of(turn: Turn) -> str:
+    if turn.answer is None:
+        raise DataError(f"the answer to '{turn.question}' is withheld: label the sample first")
+    return turn.answer

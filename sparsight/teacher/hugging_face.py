@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from sparsight.errors import CheckpointError, DataError
-from sparsight.media.chat import ANSWER_MARK, ChatEncoder
+from sparsight.media.chat import TEXT_MARK, ChatEncoder
 from sparsight.model.sampling import SamplingSettings, TokenChooser
 from sparsight.records import Quarantined, Sample, TeacherSignal, Turn
 from sparsight.teacher.answering import DrawSettings, ScoredAnswers
@@ -248,9 +248,9 @@ class ImageTextModel:
             content: list[dict[str, str]] = [{"type": "image"}] * (0 if index else pictures)
             content.append({"type": "text", "text": self.chat.plain(turn.question)})
             messages.append({"role": "user", "content": content})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER_MARK}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": TEXT_MARK}]})
         text = str(self.processor.apply_chat_template(messages, tokenize=False))
-        first, *pieces = text.split(ANSWER_MARK)
+        first, *pieces = text.split(TEXT_MARK)
         if len(pieces) != len(turns):
             raise DataError("the teacher's chat template drops or repeats answers: it cannot be labelled with")
         cut = [self.chat.split_end(piece) for piece in pieces]

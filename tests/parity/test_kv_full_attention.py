@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from sparsight.kv.answerer import StreamAnswerer
 from sparsight.kv.reference import full_attention_answer, full_attention_logits
@@ -74,3 +75,25 @@ def test_scaled_rotary_frequencies_are_the_models_own(rope_type: str) -> None:
     )
     expected_TV = full_attention_logits(stream.text_model, stream.head, SINK_IDS, frames_FSD, PROMPT_IDS)
     torch.testing.assert_close(turn.logits_V, expected_TV[-1], atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_rounding_is_of_the_models_own_size(stream: TinyStream, dtype: torch.dtype) -> None:
+    """Inside the window and beyond it: as far from exact logits as full attention of the stock model in that type.
+
+    A rounded router may take another expert at a token, here or there; a wrong position would be far outside."""
+    half = tiny_stream(stream.text_model.config.model_type, dtype=dtype)
+    frames_FSD = frames_of(stream, FRAMES)
+
+    def logits_of(host: TinyStream, window_tokens: int) -> Tensor:
+        bank = bank_of(*encode(host, frames_FSD, window_tokens))
+        assert bank.get(0).format.dtype == bank.sink.format.dtype == host.kv_model.dtype
+        answerer = StreamAnswerer(host.kv_model, host.head)
+        return answerer.begin(bank, PROMPT_IDS, BestAndRecent(FRAMES), room_tokens=0).logits_V
+
+    exact_V = full_attention_logits(stream.text_model, stream.head, SINK_IDS, frames_FSD, PROMPT_IDS)[-1]
+    stock_V = full_attention_logits(half.text_model, half.head, SINK_IDS, frames_FSD.to(dtype), PROMPT_IDS)[-1]
+    rounding = (stock_V - exact_V).norm()
+    assert rounding > 0
+    for window_tokens in (500, 21):
+        assert (logits_of(half, window_tokens) - logits_of(stream, window_tokens)).norm() < 4 * rounding

@@ -69,6 +69,16 @@ def test_the_choice_equals_picking_one_by_one(best: int, recent: int, blocks: in
         assert ranks_R.tolist() == [order.index(row) for row in rows_R.tolist()]
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_the_choice_does_not_depend_on_the_order_of_blocks(similarity: Similarity) -> None:
+    generator = torch.Generator().manual_seed(11)
+    queries_HTC, mean_keys_NGC = torch.randn(6, 5, 8, generator=generator), torch.randn(30, 2, 8, generator=generator)
+    order_N = torch.randperm(30, generator=generator)
+    rows_R, _, _ = select_blocks(score_blocks(queries_HTC, mean_keys_NGC, similarity), 7, 0)
+    shuffled_R, _, _ = select_blocks(score_blocks(queries_HTC, mean_keys_NGC[order_N], similarity), 7, 0)
+    assert sorted(order_N[shuffled_R].tolist()) == rows_R.tolist()
+
+
 class QuestionPass:
     """ReKV's first pass: the question alone, each layer attending to what it retrieves from every block's full keys."""
 

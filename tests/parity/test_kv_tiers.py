@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsight.kv.answerer import Answer, StreamAnswerer
+from sparsight.kv.answerer import Answer, Ask, StreamAnswerer
 from sparsight.kv.bank import BlockBank
 from sparsight.kv.disk import DiskBudget
 from sparsight.kv.encoder import StreamEncoder
 from sparsight.kv.retrieve import BestAndRecent
 from sparsight.kv.tiers import MemoryBudget, TieredBank
-from tests.unit.kv.tiny_stream import PROMPT_IDS, TinyStream, bank_of, encode, frames_of, spans_of, tiny_stream
+from tests.unit.kv.tiny_stream import PROMPT_IDS, TinyStream, bank_of, encode, frames_of, said, spans_of, tiny_stream
 
 FRAMES = 16
 WINDOW = 21
@@ -71,3 +71,8 @@ def test_a_lost_block_is_as_if_it_had_never_been(stream: TinyStream, tmp_path: P
     with TieredBank.restore(tmp_path, memory, disk) as bank:
         assert ask(stream, bank, best=FRAMES) == expected
         assert sorted(bank.lost) == [3, 15]
+    with TieredBank.restore(tmp_path, memory, disk) as bank:
+        asks = [Ask(each, PROMPT_IDS, BestAndRecent(FRAMES, recent=2), 5) for each in (bank_of(sink, blocks), bank)]
+        whole, damaged_one = StreamAnswerer(stream.kv_model, stream.head).ask_all(asks)
+        assert said(whole) == said(ask(stream, bank_of(sink, blocks), best=FRAMES))
+        assert said(damaged_one) == said(expected)

@@ -4,8 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsight.kv.block import KvBlock
 from sparsight.kv.encoder import StreamEncoder, encode_sink
-from tests.unit.kv.tiny_stream import FRAME_TOKENS, SINK_IDS, TinyStream, encode, frames_of, spans_of, tiny_stream
+from tests.unit.kv.tiny_stream import (
+    ARCHITECTURES,
+    FRAME_TOKENS,
+    SINK_IDS,
+    TinyStream,
+    encode,
+    frames_of,
+    spans_of,
+    tiny_stream,
+)
 
 FRAMES = 9
 SINK_TOKENS = len(SINK_IDS)
@@ -56,20 +66,20 @@ def test_every_block_follows_the_rule(stream: TinyStream, window: int) -> None:
     torch.testing.assert_close(pages, expected_L2GTC, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("window", [500, 23, 20])
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_blocks_do_not_depend_on_the_calls_they_came_in(stream: TinyStream, window: int, chunk: int) -> None:
-    frames_FSD = frames_of(stream, FRAMES)
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_blocks_do_not_depend_on_the_calls_they_came_in(architecture: str) -> None:
+    """Frames one by one, in sevens, or all 64 at once, until far beyond the window: the same archive."""
+    stream, window = tiny_stream(architecture), 123
+    frames_FSD = frames_of(stream, 64)
     sink, at_once = encode(stream, frames_FSD, window)
-    encoder = StreamEncoder(stream.kv_model, sink, window)
-    blocks = [
-        block
-        for first in range(0, FRAMES, chunk)
-        for block in encoder.encode(frames_FSD[first : first + chunk], spans_of(chunk, first))
-    ]
-    assert [(block.number, block.start_s) for block in blocks] == [(block.number, block.start_s) for block in at_once]
-    for block, expected in zip(blocks, at_once, strict=True):
-        torch.testing.assert_close(block.page_L2GSC, expected.page_L2GSC, atol=2e-5, rtol=2e-5)
+    for chunk in (1, 7):
+        encoder = StreamEncoder(stream.kv_model, sink, window)
+        blocks: list[KvBlock] = []
+        for frames in frames_FSD.split(chunk):
+            blocks += encoder.encode(frames, spans_of(len(frames), len(blocks)))
+        for block, expected in zip(blocks, at_once, strict=True):
+            assert (block.number, block.start_s) == (expected.number, expected.start_s)
+            torch.testing.assert_close(block.page_L2GSC, expected.page_L2GSC, atol=2e-5, rtol=2e-5)
 
 
 # The whole stream, a tail that just fills the window, and fewer blocks than the sink needs to leave it.

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from sparsight.errors import StreamError
-from sparsight.kv.answerer import LayerEvidence, StreamAnswerer, moments_of
+from sparsight.kv.answerer import Answer, Ask, StreamAnswerer
 from sparsight.kv.bank import RamBank
 from sparsight.kv.block import KvBlock
 from sparsight.kv.encoder import encode_sink
 from sparsight.kv.reference import full_attention_logits
-from sparsight.kv.retrieve import BestAndRecent
+from sparsight.kv.retrieve import BestAndRecent, ByNumber
 from tests.unit.kv.tiny_stream import (
     FRAME_TOKENS,
     PROMPT_IDS,
@@ -18,6 +18,7 @@ from tests.unit.kv.tiny_stream import (
     bank_of,
     encode,
     frames_of,
+    said,
     spans_of,
     tiny_stream,
 )
@@ -132,6 +133,67 @@ def test_the_head_never_sees_a_frames_token(stream: TinyStream) -> None:
     assert rows == [stream.kv_model.width] * 3
 
 
+def test_questions_of_a_batch_are_heard_and_leave_it_one_by_one(
+    stream: TinyStream, answerer: StreamAnswerer, bank: RamBank
+) -> None:
+    prompts = [PROMPT_IDS, PROMPT_IDS.flip(0), PROMPT_IDS[1:]]
+    alone = [answerer.ask(bank, prompt_ids_T, BestAndRecent(3), max_new_tokens=6) for prompt_ids_T in prompts]
+    stop_ids = {alone[1].ids[3]}
+    stopped = alone[1].ids[: alone[1].ids.index(alone[1].ids[3])]
+    heard: list[tuple[int, int]] = []
+    asks = [
+        Ask(bank, prompts[0], BestAndRecent(3), 2, on_token=lambda token: heard.append((0, token))),
+        Ask(bank, prompts[1], BestAndRecent(3), 6, stop_ids, on_token=lambda token: heard.append((1, token))),
+        Ask(bank, prompts[2], BestAndRecent(3), 6, on_token=lambda token: heard.append((2, token))),
+        Ask(bank, prompts[2], BestAndRecent(3), 0),
+    ]
+    rows: list[int] = []
+    handle = stream.head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
+    answers = answerer.ask_all(asks)
+    handle.remove()
+    assert [(answer.ids, answer.finish) for answer in answers if isinstance(answer, Answer)] == [
+        (alone[0].ids[:2], "length"), (stopped, "stop"), (alone[2].ids, "length"), ((), "length")
+    ]  # fmt: skip
+    for place, ids in enumerate((alone[0].ids[:2], stopped, alone[2].ids)):
+        assert tuple(token for which, token in heard if which == place) == ids
+    assert heard[:3] == [(place, alone[place].ids[0]) for place in (0, 1, 2)], "each token as soon as it is known"
+    assert rows == [4, *(sum(fed > step for fed in (1, len(stopped), 5)) for step in range(5))]
+
+
+def test_a_question_that_is_refused_harms_no_other(stream: TinyStream, answerer: StreamAnswerer, bank: RamBank) -> None:
+    empty = RamBank(encode_sink(stream.kv_model, SINK_IDS), 2**20)
+    good = Ask(bank, PROMPT_IDS, BestAndRecent(3), 4)
+    other = Ask(bank, PROMPT_IDS.flip(0), BestAndRecent(2), 4, question=slice(2, 4), two_pass=True)
+    asks = [
+        Ask(empty, PROMPT_IDS, BestAndRecent(3), 4),
+        good,
+        Ask(bank, PROMPT_IDS, BestAndRecent(3), 4, question=slice(4, 4)),
+        Ask(bank, PROMPT_IDS, BestAndRecent(3), 600),
+        other,
+        Ask(bank, PROMPT_IDS, ByNumber((99,)), 4, two_pass=True),
+    ]
+    expected = [said(answerer.ask_all([ask])[0]) for ask in (good, other)]
+    answers = answerer.ask_all(asks)
+    assert [said(answers[1]), said(answers[4])] == expected
+    refused = [str(answers[place]) for place in (0, 2, 3, 5)]
+    for message, why in zip(
+        refused, ("no frame to", "holds no question", "the model takes 512", "none of"), strict=True
+    ):
+        assert why in message
+    assert said(answerer.ask_all(asks[1:2])[0]) == expected[0], "the stream is as it was"
+
+
+def test_a_stream_that_was_empty_answers_when_it_has_frames(stream: TinyStream, answerer: StreamAnswerer) -> None:
+    sink, blocks = encode(stream, frames_of(stream, 3))
+    bank = RamBank(sink, 2**30)
+    with pytest.raises(StreamError, match="no frame to answer from"):
+        answerer.ask(bank, PROMPT_IDS, BestAndRecent(2), max_new_tokens=3)
+    for block in blocks:
+        bank.put(block)
+    expected = answerer.ask(bank_of(sink, blocks), PROMPT_IDS, BestAndRecent(2), max_new_tokens=3)
+    assert answerer.ask(bank, PROMPT_IDS, BestAndRecent(2), max_new_tokens=3) == expected
+
+
 def test_questions_that_cannot_be_answered(stream: TinyStream, answerer: StreamAnswerer, bank: RamBank) -> None:
     empty = RamBank(encode_sink(stream.kv_model, SINK_IDS), 2**20)
     retriever = BestAndRecent(2)
@@ -147,16 +209,3 @@ def test_questions_that_cannot_be_answered(stream: TinyStream, answerer: StreamA
     assert answerer.begin(bank, PROMPT_IDS, retriever, room_tokens=512 - tokens).logits_V.isfinite().all()
     with pytest.raises(StreamError, match="ask for at least one"):
         BestAndRecent(0)
-
-
-def test_moments_are_fused_by_rank() -> None:
-    span_s = {1: (0.0, 1.0), 2: (1.0, 2.0), 5: (4.0, 5.0)}
-    evidence = [
-        LayerEvidence((1, 5), (span_s[1], span_s[5]), (0.9, 0.1), (0, 3)),
-        LayerEvidence((2, 5), (span_s[2], span_s[5]), (7.0, 0.3), (0, 1)),
-    ]
-    moments = moments_of(evidence)
-    assert [(moment.number, moment.start_s, moment.weight) for moment in moments] == [
-        (1, 0.0, 0.5), (2, 1.0, 0.5), (5, 4.0, 0.375)
-    ]  # fmt: skip
-    assert [moment.score for moment in moments] == [0.9, 7.0, pytest.approx(0.2)]

@@ -9,7 +9,7 @@ from transformers import AutoModel, GPT2Config, MistralConfig, Qwen2Config
 from sparsight.errors import StreamError
 from sparsight.kv.attention import KvTextModel, attend
 from sparsight.kv.block import KvBlock
-from tests.unit.kv.tiny_stream import encode, frames_of, tiny_stream
+from tests.unit.kv.tiny_stream import ARCHITECTURES, encode, frames_of, tiny_stream
 
 TINY = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}
 
@@ -62,9 +62,10 @@ def test_two_models_in_turns_and_in_threads_do_not_meet() -> None:
                 torch.testing.assert_close(block.page_L2GSC, other.page_L2GSC, atol=2e-5, rtol=2e-5)
 
 
-def test_rotating_after_storing_is_rotating_before() -> None:
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_rotating_after_storing_is_rotating_before(architecture: str) -> None:
     """The table gives what the model's own rotary embedding gives, also beyond its first length."""
-    stream = tiny_stream()
+    stream = tiny_stream(architecture)
     x_HTC = torch.randn(2, 700, 32)
     twin = stream.text_model.get_submodule("rotary_emb")
     cos_BTC, sin_BTC = twin(x_HTC, torch.arange(40, 740)[None])

@@ -51,6 +51,10 @@ def test_refused_frames_change_nothing(stream: TinyStream, spans_s: list[tuple[f
         encoder.encode(frames_FSD[2:], spans_s)
     with pytest.raises(StreamError, match="of width 63"):
         encoder.encode(frames_FSD[2:, :, :-1], spans_of(2, 2))
+    with pytest.raises(StreamError, match="a frame of 4 tokens cannot follow frames of 5"):
+        encoder.encode(frames_FSD[2:, :-1], spans_of(2, 2))
+    with pytest.raises(StreamError, match="give at least one frame"):
+        encoder.encode(frames_FSD[:0], [])
     blocks += encoder.encode(frames_FSD[2:], spans_of(2, 2))
     assert [block.number for block in blocks] == [0, 1, 2, 3]
     torch.testing.assert_close(blocks[3].page_L2GSC, expected[3].page_L2GSC, atol=2e-5, rtol=2e-5)
@@ -61,6 +65,16 @@ def test_blocks_that_do_not_fill_the_window_are_refused(stream: TinyStream, kept
     sink, blocks = encode(stream, frames_of(stream, 5), 16)
     with pytest.raises(StreamError, match="do not fill the stream's window of 16 tokens"):
         StreamEncoder(stream.kv_model, sink, 16, [blocks[number] for number in kept])
+
+
+def test_an_encoder_that_goes_on_refuses_frames_of_another_size(stream: TinyStream) -> None:
+    frames_FSD = frames_of(stream, 5)
+    sink, blocks = encode(stream, frames_FSD, 16)
+    heir = StreamEncoder(stream.kv_model, sink, 16, blocks[:4])
+    with pytest.raises(StreamError, match="a frame of 3 tokens cannot follow frames of 5"):
+        heir.encode(frames_FSD[4:, :3], spans_of(1, 4))
+    [block] = heir.encode(frames_FSD[4:], spans_of(1, 4))
+    torch.testing.assert_close(block.page_L2GSC, blocks[4].page_L2GSC, atol=2e-5, rtol=2e-5)
 
 
 def test_quantised_pages_leave_the_window_as_it_is(stream: TinyStream) -> None:

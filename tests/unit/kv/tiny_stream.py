@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from sparsight.errors import StreamError
+from sparsight.kv.answerer import Answer
 from sparsight.kv.attention import KvTextModel
 from sparsight.kv.bank import RamBank
 from sparsight.kv.block import KvBlock
@@ -36,7 +38,9 @@ class TinyStream:
     kv_model: KvTextModel
 
 
-def tiny_stream(architecture: str = "qwen3", seed: int = 0, **changes: object) -> TinyStream:
+def tiny_stream(
+    architecture: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+) -> TinyStream:
     """Three layers, four heads of 32 over two key/value heads; weights large enough for attention to be picky."""
     config = CONFIG_MAPPING[architecture](
         hidden_size=64,
@@ -55,6 +59,7 @@ def tiny_stream(architecture: str = "qwen3", seed: int = 0, **changes: object) -
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight", "layernorm.weight")):
             nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    model.to(dtype)
     return TinyStream(model.model, model.lm_head, KvTextModel(model.model))
 
 
@@ -81,3 +86,9 @@ def bank_of(sink: KvBlock, blocks: list[KvBlock]) -> RamBank:
     for block in blocks:
         bank.put(block)
     return bank
+
+
+def said(answer: Answer | StreamError) -> tuple[object, ...]:
+    """An answer but for its scores, whose last digits depend on what else is in the batch."""
+    assert isinstance(answer, Answer), answer
+    return answer.ids, answer.finish, [layer.numbers for layer in answer.evidence]

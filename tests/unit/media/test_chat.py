@@ -10,6 +10,8 @@ from sparsight.records import Turn
 
 TURNS = [Turn("what shape is in the image?", "circle"), Turn("is there a red shape?", "no")]
 
+ROLES = (("user", "question"), ("assistant", "answer"))
+
 CORPUS = ["what shape is in the image?", "is there a red shape?", "circle", "yes", "no"] * 20
 
 
@@ -76,6 +78,27 @@ def test_single_questions_asked_again_are_encoded_as_in_a_new_encoder(chat: Chat
             assert chat.turn_prompts([turn], tokens) == fresh.turn_prompts([Turn("what?", None)], tokens)
     with pytest.raises(DataError, match="withheld"):
         chat.encode([Turn("what?", None)], 2)
+
+
+def test_a_question_after_earlier_turns_is_the_templates_conversation(chat: ChatEncoder) -> None:
+    """Also where it is asked again, or an earlier answer repeats it; training sees the same conversation."""
+    question = "is there a red shape?"
+    earlier = [TURNS[0], Turn(f"{question} ", f"{question} no"), Turn("<|end|>?", "<|assistant|> yes")]
+    said: list[dict[str, object]] = []
+    for role, text in [(role, getattr(turn, of)) for turn in earlier for role, of in ROLES] + [("user", question)]:
+        said.append({"role": role, "content": [{"type": "text", "text": chat.plain(text).strip()}]})
+    said[0]["content"] = [{"type": "video"}, {"type": "text", "text": TURNS[0].question}]
+    prompt, alone = chat.frames_prompt(question, earlier), chat.frames_prompt(question)
+    assert prompt.before_ids + [chat.visual_id] * 3 + prompt.after_ids == chat.prompt(said, [3])
+    assert prompt.before_ids == alone.before_ids, "the stream's own beginning does not depend on what was asked"
+    assert prompt.after_ids[prompt.question] == alone.after_ids[alone.question]
+    assert prompt.after_ids[prompt.question.stop :] == alone.after_ids[alone.question.stop :], "the last one"
+    trained = chat.encode([*TURNS, Turn(question, "no")], 3)
+    prompt = chat.frames_prompt(question, TURNS)
+    asked = trained.input_ids[: trained.answer_spans[-1][0]]
+    assert prompt.before_ids + [chat.visual_id] * 3 + prompt.after_ids == asked
+    with pytest.raises(DataError, match="withheld"):
+        chat.frames_prompt(question, [Turn("what?", None)])
 
 
 def test_a_withheld_answer_is_refused(chat: ChatEncoder) -> None:
