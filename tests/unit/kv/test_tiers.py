@@ -82,6 +82,20 @@ def test_gathered_tensors_and_snapshots_are_the_callers(tmp_path: Path) -> None:
         assert_same(bank, twin_of(11))
 
 
+def test_a_block_that_was_put_or_got_is_the_callers(tmp_path: Path) -> None:
+    with filled(tmp_path, 0) as bank, files_of_at_most(10):
+        block = block_of(0)
+        bank.put(block)
+        block.rows_LU.zero_()
+        block.mean_keys_LGC.zero_()
+        with pytest.raises(StreamError, match="in memory only"):
+            bank.flush()
+        bank.get(0).rows_LU.zero_()
+        assert_same(bank, twin_of(1))
+    with TieredBank.restore(tmp_path, MEMORY, DISK) as bank:
+        assert_same(bank, twin_of(1))
+
+
 def test_recent_blocks_are_answered_without_the_disk(tmp_path: Path) -> None:
     with filled(tmp_path, 20) as bank:
         bank.flush()
@@ -94,7 +108,8 @@ def test_recent_blocks_are_answered_without_the_disk(tmp_path: Path) -> None:
 
 
 def test_prefetched_blocks_are_answered_without_the_disk(tmp_path: Path) -> None:
-    with filled(tmp_path, 20) as bank:
+    with filled(tmp_path, 20, MemoryBudget(10 * PAGE_BYTES, recent_blocks=2)) as bank:
+        bank.flush()
         bank.prefetch([3, 4]).result()
         for path in tmp_path.glob("*.pages"):
             path.unlink()
