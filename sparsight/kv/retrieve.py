@@ -18,6 +18,7 @@ from sparsight.errors import StreamError
 from sparsight.kv.bank import BlockIndex
 
 Similarity = Literal["cosine", "dot"]
+_TINIEST = torch.finfo(torch.float32).tiny
 
 
 class Selection(NamedTuple):
@@ -130,13 +131,12 @@ def score_blocks(
     mean_HC = queries_HTC.float().mean(dim=1).to(mean_keys_NGC.device)
     G = mean_keys_NGC.shape[1]
     group = mean_HC.shape[0] // G
-    grouped_GC = mean_HC.unflatten(0, (G, group)).sum(dim=1)
-    dots_N = mean_keys_NGC.flatten(1) @ grouped_GC.flatten()
+    query_GC = mean_HC.unflatten(0, (G, group)).sum(dim=1)
     if similarity == "dot":
-        return dots_N
+        return mean_keys_NGC.flatten(1) @ query_GC.flatten()
+    query_GC = query_GC / (mean_HC.norm() * group**0.5).clamp_min(_TINIEST)  # the norm of all heads, groups repeated
     norms_N = mean_keys_NGC.flatten(1).norm(dim=1) if norms_N is None else norms_N
-    expanded_norms_N = norms_N * group**0.5
-    return dots_N / (expanded_norms_N * mean_HC.norm()).clamp_min(torch.finfo(torch.float32).tiny)
+    return mean_keys_NGC.flatten(1) @ query_GC.flatten() / norms_N.clamp_min(_TINIEST)
 
 
 def attention_shares(queries_HTC: Tensor, mean_keys_NGC: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _ranks_from(first: int, scores_N: Tensor, means_N: Tensor, group: int) -> Te
     start = first // group * group  # rows before it are in earlier groups than all of these
     tail_K = torch.arange(start, len(scores_N), device=scores_N.device)
     places_K = _in_order(tail_K, scores_N, means_N, group).argsort()
-    earlier_K = (means_N[:start] >= means_N[start:, None]).sum(dim=1)
+    earlier_K = (means_N[:start] >= means_N[start:, None]).sum(dim=1, dtype=torch.int32)
     return (earlier_K + places_K)[first - start :]
 
 
