@@ -241,20 +241,23 @@ def gather_vs_memcpy(bank: TieredBank, sizes: Sizes) -> float:
         bank.gather(layer, numbers)  # from now on they are in RAM
     plain = [bank.gather(layer, numbers) for layer, numbers in enumerate(chosen)]
     ready = torch.empty_like(plain[0])
-    return median_ratio(
-        lambda: [ready.copy_(layer_R2GSC) for layer_R2GSC in plain],
-        lambda: [bank.gather(layer, numbers) for layer, numbers in enumerate(chosen)],
-        sizes.rounds,
-    )
+
+    def copy() -> None:
+        for layer_R2GSC in plain:
+            ready.copy_(layer_R2GSC)
+
+    def gather() -> None:
+        for layer, numbers in enumerate(chosen):
+            bank.gather(layer, numbers)
+
+    return median_ratio(copy, gather, 4 * sizes.rounds)
 
 
 def load_vs_recompute(host: Host, bank: TieredBank, folder: Path, sizes: Sizes) -> float:
     encoder = StreamEncoder(host.model, host.sink, window_tokens(sizes))
-    frames = iter(range(sys.maxsize))
 
-    def encode(count: int = 1) -> None:
-        spans_s = [(float(number), float(number)) for number, _ in zip(frames, range(count), strict=False)]
-        encoder.encode(torch.randn(count, sizes.frame_tokens, sizes.hidden), spans_s)
+    def encode(frames: int = 1) -> None:
+        encoder.encode(torch.randn(frames, sizes.frame_tokens, sizes.hidden), [(0.0, 0.0)] * frames)
 
     encode(sizes.window_frames + 1)
     oldest = iter(range(len(bank)))
