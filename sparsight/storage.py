@@ -31,6 +31,11 @@ class Storage(Protocol):
         """The object's bytes. Raises `StorageError` if there is none."""
         ...
 
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """The object's bytes from `start` on, `length` of them or as many as it has. Raises `StorageError` if there is
+        none."""
+        ...
+
     def write_bytes(self, key: str, data: bytes) -> None:
         """Put the object in place at once; an existing one is replaced."""
         ...
@@ -85,6 +90,14 @@ class LocalStorage:
     def read_bytes(self, key: str) -> bytes:
         try:
             return (self.root / key).read_bytes()
+        except OSError as error:
+            raise StorageError(f"cannot read '{self.root / key}': {error.strerror or error}") from error
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        try:
+            with (self.root / key).open("rb") as file:
+                file.seek(start)
+                return file.read(length)
         except OSError as error:
             raise StorageError(f"cannot read '{self.root / key}': {error.strerror or error}") from error
 
@@ -179,6 +192,17 @@ class S3Storage:
     def read_bytes(self, key: str) -> bytes:
         with self._reported("read", key):
             return self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        wanted = f"bytes={start}-{start + length - 1}"
+        with self._reported("read", key):
+            try:
+                found = self.client.get_object(Bucket=self.bucket, Key=self._key(key), Range=wanted)
+            except self.client.exceptions.ClientError as error:
+                if error.response["Error"]["Code"] != "InvalidRange":
+                    raise
+                return b""
+            return found["Body"].read()
 
     def write_bytes(self, key: str, data: bytes) -> None:
         with self._reported("write", key):

@@ -5,10 +5,14 @@ still open is copied under another name, as a whole, whenever its owner asks; th
 store is checked where it is read, not here. Used by `tiers`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
+
 from sparsight.errors import StorageError
-from sparsight.kv.segments import HEADER, SINK, SegmentFolder
+from sparsight.kv.segments import HEADER, SINK, PageState, SegmentFolder
 from sparsight.storage import LocalStorage, Storage
 
 _OPEN = "open"
@@ -39,6 +43,25 @@ class SegmentArchive:
                 self._storage.delete(f"{_OPEN}-{segment:05d}.pages")
         if with_open and folder.open_pages:
             self._upload(folder, full_segments, f"{_OPEN}-{full_segments:05d}")
+
+    def read(self, folder: SegmentFolder, number: int, first_layer: int, rows: Sequence[Tensor]) -> PageState:
+        """`SegmentFolder.read` of the store's copy: these rows travel, and nothing else.
+
+        Raises `StorageError` where the store does not answer.
+        """
+        key = folder.pages_path(folder.places[number].segment).name
+        wanted_bytes = sum(row_U.nbytes for row_U in rows)
+        try:
+            data = self._storage.read_range(key, folder.offset_bytes(number, first_layer), wanted_bytes)
+        except StorageError:
+            if self._storage.exists(key):
+                raise
+            return "absent"
+        if len(data) < wanted_bytes:
+            return "damaged"
+        for row_U, found_U in zip(rows, np.frombuffer(data, np.uint8).reshape(len(rows), -1), strict=True):
+            row_U.numpy()[:] = found_U
+        return folder.check(number, first_layer, rows)
 
     def fetch_pages(self, folder: SegmentFolder, segment: int) -> bool:
         """Put a full segment's pages back into the folder; False if the store has them no more."""

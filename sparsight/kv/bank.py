@@ -20,25 +20,30 @@ from sparsight.kv.block import SINK_NUMBER, BlockHead, KvBlock
 class BlockIndex:
     """A snapshot of which blocks there are, in time order: what retrieval needs, without a single page.
 
-    `mean_keys_LNGC` are the blocks' mean keys (float32), layer first, so that one layer is scored at a time.
+    `mean_keys_LNGC` are the blocks' mean keys (float32), layer first: one layer's are one matrix, read once to score
+    them. `norms_LN` are their lengths, over all heads of a layer.
     """
 
     numbers_N: Tensor
     spans_s_N2: Tensor
     mean_keys_LNGC: Tensor
+    norms_LN: Tensor
 
     def __len__(self) -> int:
         return self.numbers_N.shape[0]
 
     def until(self, time_s: float) -> "BlockIndex":
         """The blocks before the first that ends after `time_s`: what a question asked then may rest on."""
-        N = int((self.spans_s_N2[:, 1] <= time_s).cumprod(0).sum())
-        return BlockIndex(self.numbers_N[:N], self.spans_s_N2[:N], self.mean_keys_LNGC[:, :N])
+        return self.rows(slice(int((self.spans_s_N2[:, 1] <= time_s).cumprod(0).sum())))
 
     def without(self, numbers: Collection[int]) -> "BlockIndex":
         """The blocks but for these."""
-        rows_N = ~torch.isin(self.numbers_N, torch.tensor(sorted(numbers), dtype=torch.long))
-        return BlockIndex(self.numbers_N[rows_N], self.spans_s_N2[rows_N], self.mean_keys_LNGC[:, rows_N])
+        return self.rows(~torch.isin(self.numbers_N, torch.tensor(sorted(numbers), dtype=torch.long)))
+
+    def rows(self, rows: slice | Tensor) -> "BlockIndex":
+        """Some of the blocks; of a slice, views."""
+        numbers_N, spans_s_N2 = self.numbers_N[rows], self.spans_s_N2[rows]
+        return BlockIndex(numbers_N, spans_s_N2, self.mean_keys_LNGC[:, rows], self.norms_LN[:, rows])
 
 
 class BlockBank(Protocol):
@@ -154,7 +159,7 @@ class IndexRows:
 
     def __init__(self, like_LGC: Tensor, rows: int = 64) -> None:
         self._length = 0
-        self._allocate(rows, like_LGC.shape)
+        self._room = _room_for(rows, like_LGC.shape)
 
     def __len__(self) -> int:
         return self._length
@@ -165,25 +170,41 @@ class IndexRows:
 
     def extend(self, numbers_N: Tensor, spans_s_N2: Tensor, mean_keys_NLGC: Tensor) -> None:
         """Append rows of many blocks at once."""
-        start, end = self._length, self._length + len(numbers_N)
-        if end > len(self._numbers_N):
+        mean_keys_LNGC = mean_keys_NLGC.transpose(0, 1)
+        self.add(BlockIndex(numbers_N, spans_s_N2, mean_keys_LNGC, mean_keys_LNGC.flatten(2).norm(dim=2)))
+
+    def add(self, index: BlockIndex) -> None:
+        """Append the rows of an index."""
+        start, end = self._length, self._length + len(index)
+        if end > len(self._room):
             full = self.snapshot()
             L, _, G, C = full.mean_keys_LNGC.shape
-            self._allocate(max(end, 2 * len(self._numbers_N)), torch.Size((L, G, C)))
-            self._numbers_N[:start] = full.numbers_N
-            self._spans_s_N2[:start] = full.spans_s_N2
-            self._mean_keys_LNGC[:, :start] = full.mean_keys_LNGC
-        self._numbers_N[start:end] = numbers_N
-        self._spans_s_N2[start:end] = spans_s_N2
-        self._mean_keys_LNGC[:, start:end] = mean_keys_NLGC.transpose(0, 1)
+            self._room = _room_for(max(end, 2 * len(self._room)), torch.Size((L, G, C)))
+            _copy(full, self._room.rows(slice(start)))
+        _copy(index, self._room.rows(slice(start, end)))
         self._length = end
 
     def snapshot(self) -> BlockIndex:
-        N = self._length
-        return BlockIndex(self._numbers_N[:N], self._spans_s_N2[:N], self._mean_keys_LNGC[:, :N])
+        return self._room.rows(slice(self._length))
 
-    def _allocate(self, rows: int, shape_LGC: torch.Size) -> None:
-        L, G, C = shape_LGC
-        self._numbers_N = torch.empty(rows, dtype=torch.long)
-        self._spans_s_N2 = torch.empty(rows, 2, dtype=torch.float64)
-        self._mean_keys_LNGC = torch.empty(L, rows, G, C, dtype=torch.float32)
+
+def index_row_bytes(mean_keys_LGC: Tensor) -> int:
+    """What one block takes of an index: its mean keys, and their length in each layer."""
+    return mean_keys_LGC.nbytes + 4 * mean_keys_LGC.shape[0]
+
+
+def _room_for(rows: int, shape_LGC: torch.Size) -> BlockIndex:
+    L, G, C = shape_LGC
+    return BlockIndex(
+        torch.empty(rows, dtype=torch.long),
+        torch.empty(rows, 2, dtype=torch.float64),
+        torch.empty(L, rows, G, C, dtype=torch.float32),
+        torch.empty(L, rows, dtype=torch.float32),
+    )
+
+
+def _copy(index: BlockIndex, into: BlockIndex) -> None:
+    into.numbers_N.copy_(index.numbers_N)
+    into.spans_s_N2.copy_(index.spans_s_N2)
+    into.mean_keys_LNGC.copy_(index.mean_keys_LNGC)
+    into.norms_LN.copy_(index.norms_LN)

@@ -6,6 +6,7 @@ Made by `encoder`, kept by `bank`, read by `answerer`.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -138,9 +139,9 @@ class KvBlock:
         return block
 
 
-def row_digests(rows_LU: Tensor) -> bytes:
+def row_digests(rows: Iterable[Tensor]) -> bytes:
     """xxh3-128 of each row, one after the other: finds damage, and is no protection against forgery."""
-    return b"".join(xxhash.xxh3_128_digest(row_U.data) for row_U in rows_LU.numpy())
+    return b"".join(xxhash.xxh3_128_digest(row_U.numpy().data) for row_U in rows)
 
 
 def block_digest(digests: bytes, mean_keys_LGC: Tensor) -> str:

@@ -1,7 +1,8 @@
 """The slow tiers of one stream: its folder, and a store that full segments have been copied to before they leave it.
 
-A page is read from the folder; a segment that has left it, or is damaged, comes back from the store first. It keeps no
-page in memory. Written to by one thread, read by any number. Used by `tiers`.
+A page is read from the folder or, where its segment has left that or is damaged, from the store: alone at first, with
+its whole segment once that pays. No page is kept in memory. Written to by one thread, read by any number.
+Used by `tiers`.
 """
 
 import threading
@@ -40,7 +41,7 @@ class DiskTier:
         self._archive = None if store is None else SegmentArchive(store)
         self._moving = threading.RLock()  # segments leave the folder and come back one at a time
         self._mutex = threading.Lock()  # of what follows
-        self._mended: set[int] = set()
+        self._read_bytes: dict[int, int] = {}  # of segments that are in the store only, since they last left
         self._uploader = ThreadPoolExecutor(1, "stream-upload")
         self._here: OrderedDict[int, None] = OrderedDict()  # full segments in the folder, least recently used first
 
@@ -130,11 +131,10 @@ class DiskTier:
                 self._here.move_to_end(segment)
         state = self._folder.read(number, first_layer, rows)
         if state != "whole" and self._archive is not None and segment in self._archive.full:
-            with self._moving:
+            if self._bring_back(self._archive, segment, sum(row_U.nbytes for row_U in rows)):
                 state = self._folder.read(number, first_layer, rows)
-                if state == "absent" or (state == "damaged" and segment not in self._mended):
-                    self._fetch(self._archive, segment, mend=state == "damaged")
-                    state = self._folder.read(number, first_layer, rows)
+            if state != "whole":
+                state = self._archive.read(self._folder, number, first_layer, rows)
         if state == "whole":
             return None
         return f"its page in '{self._folder.pages_path(segment)}' is {'missing' if state == 'absent' else 'damaged'}"
@@ -146,19 +146,27 @@ class DiskTier:
             self._archive.clear()
         self._folder.clear()
         self._here.clear()
-        self._mended.clear()
+        self._read_bytes.clear()
 
     def close(self) -> None:
         self._uploader.shutdown()
         self._folder.close()
 
-    def _fetch(self, archive: SegmentArchive, segment: int, *, mend: bool) -> None:
-        if mend:
-            self._mended.add(segment)
-        else:
-            self._make_room()
-        if archive.fetch_pages(self._folder, segment):
-            self._use(segment)
+    def _bring_back(self, archive: SegmentArchive, segment: int, wanted_bytes: int) -> bool:
+        """Fetch a whole segment once as many bytes of it were read in parts as it has: so what travels is at most twice
+        what had to. False while that is not so."""
+        with self._mutex:
+            self._read_bytes[segment] = self._read_bytes.get(segment, 0) + wanted_bytes
+            if self._read_bytes[segment] <= self._folder.full_bytes:
+                return False
+        with self._moving:
+            if segment in self._read_bytes:  # no other thread was quicker
+                self._make_room()
+                if archive.fetch_pages(self._folder, segment):
+                    self._use(segment)
+                with self._mutex:
+                    del self._read_bytes[segment]
+        return True
 
     def _use(self, segment: int) -> None:
         with self._mutex:
@@ -171,7 +179,7 @@ class DiskTier:
         page_format = self._folder.format
         if page_format is None:
             return
-        per_segment = self._folder.pages_per_segment * page_format.page_bytes
+        per_segment = self._folder.full_bytes
         indexes_bytes = len(self._folder.places) * record_type(page_format).itemsize
         limit_bytes = self._budget.disk_bytes - per_segment
         fixed_bytes = self._folder.open_pages * page_format.page_bytes + indexes_bytes

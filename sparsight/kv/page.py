@@ -46,6 +46,10 @@ class PageFormat:
         """A centre and a step for each key channel and each value token."""
         return 2 * self.heads * (self.width + self.tokens)
 
+    def empty_rows(self, rows: int, device: torch.device | None = None) -> Tensor:
+        """Room for R rows: [R, U]."""
+        return torch.empty(rows, self.row_bytes, dtype=torch.uint8, device=device)
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
 

@@ -7,6 +7,7 @@ Called by `answerer`, once a layer.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from sparsight.errors import StreamError
 from sparsight.kv.bank import BlockIndex
 
 Similarity = Literal["cosine", "dot"]
+_TINIEST = torch.finfo(torch.float32).tiny
 
 
 class Selection(NamedTuple):
@@ -58,7 +60,7 @@ class BestAndRecent:
 
     def select(self, layer: int, queries_HTC: Tensor, index: BlockIndex) -> Selection:
         mean_keys_NGC = index.mean_keys_LNGC[layer]
-        scores_N = score_blocks(queries_HTC, mean_keys_NGC, self.similarity)
+        scores_N = score_blocks(queries_HTC, mean_keys_NGC, self.similarity, index.norms_LN[layer])
         shares_N = None if self.mass is None else attention_shares(queries_HTC, mean_keys_NGC)
         return select_blocks(scores_N, self.best, self.recent, self.group, shares_N, self.mass or 1.0)
 
@@ -89,9 +91,12 @@ class ByEmbedding:
         last = int(index.numbers_N[-1])
         if last >= len(self.frames_ND):
             raise StreamError(f"block {last} has no embedding among {len(self.frames_ND)}: embed every frame.")
-        frames_ND = self.frames_ND[index.numbers_N].float()
-        scores_N = functional.cosine_similarity(frames_ND, self.question_D.float()[None], dim=1)
-        return select_blocks(scores_N, self.best, self.recent, self.group)
+        return select_blocks(self._scores_N[index.numbers_N], self.best, self.recent, self.group)
+
+    @cached_property
+    def _scores_N(self) -> Tensor:
+        """Of every frame; all layers share them."""
+        return functional.cosine_similarity(self.frames_ND.float(), self.question_D.float()[None], dim=1)
 
 
 @dataclass(frozen=True)
@@ -113,22 +118,25 @@ class ByNumber:
         return Selection(rows_R, torch.ones(len(rows_R)), order_R.argsort())
 
 
-def score_blocks(queries_HTC: Tensor, mean_keys_NGC: Tensor, similarity: Similarity = "cosine") -> Tensor:
+def score_blocks(
+    queries_HTC: Tensor, mean_keys_NGC: Tensor, similarity: Similarity = "cosine", norms_N: Tensor | None = None
+) -> Tensor:
     """Score [N], in float32, of every block for the mean of T queries (ReKV, section 3.2).
 
     The score compares the heads' mean queries, laid end to end, with each block's mean keys, repeated for the queries
     of a group. Here the queries of a group are summed instead: the same dot product without the repetition.
-    `cosine` is the paper's similarity; `dot`, its published code's, favours blocks with long keys.
+    `cosine` is the paper's similarity; `dot`, its published code's, favours blocks with long keys. `norms_N` are the
+    lengths of the mean keys; who has them spares half of what a cosine reads.
     """
     mean_HC = queries_HTC.float().mean(dim=1).to(mean_keys_NGC.device)
     G = mean_keys_NGC.shape[1]
     group = mean_HC.shape[0] // G
-    grouped_GC = mean_HC.unflatten(0, (G, group)).sum(dim=1)
-    dots_N = mean_keys_NGC.flatten(1) @ grouped_GC.flatten()
+    query_GC = mean_HC.unflatten(0, (G, group)).sum(dim=1)
     if similarity == "dot":
-        return dots_N
-    expanded_norms_N = mean_keys_NGC.flatten(1).norm(dim=1) * group**0.5
-    return dots_N / (expanded_norms_N * mean_HC.norm()).clamp_min(torch.finfo(torch.float32).tiny)
+        return mean_keys_NGC.flatten(1) @ query_GC.flatten()
+    query_GC = query_GC / (mean_HC.norm() * group**0.5).clamp_min(_TINIEST)  # the norm of all heads, groups repeated
+    norms_N = mean_keys_NGC.flatten(1).norm(dim=1) if norms_N is None else norms_N
+    return mean_keys_NGC.flatten(1) @ query_GC.flatten() / norms_N.clamp_min(_TINIEST)
 
 
 def attention_shares(queries_HTC: Tensor, mean_keys_NGC: Tensor) -> Tensor:
@@ -151,26 +159,40 @@ def select_blocks(
     Blocks are taken in the order of their group's mean score, and inside a group in that of their own: the last group
     may be smaller than `group`, and one that does not fit any more gives its best blocks. With `shares_N`, no more are
     taken than it needs for their shares to reach `mass`.
+    Only the blocks that may be chosen are sorted; all others are compared with them.
     """
     N = scores_N.shape[0]
-    order_N = torch.sort(scores_N, descending=True, stable=True).indices
-    if group > 1:
-        scores_N = group_means(scores_N, group)
-        order_N = order_N[torch.sort(order_N // group, stable=True).indices]
-        order_N = order_N[torch.sort(scores_N[order_N], descending=True, stable=True).indices]
-    ranks_N = torch.empty_like(order_N)
-    ranks_N[order_N] = torch.arange(N, device=order_N.device)
-    chosen_N = torch.zeros(N, dtype=torch.bool, device=order_N.device)
-    chosen_N[max(0, N - recent) :] = True
-    others_R = order_N[~chosen_N[order_N]][:best]
+    means_N = scores_N if group == 1 else group_means(scores_N, group)
+    oldest_recent = max(0, N - recent)
+    lowest = means_N.topk(min(N, max(1, best + recent))).values[-1]
+    first_K = _in_order((~(means_N < lowest)).nonzero().flatten(), scores_N, means_N, group)  # whole groups, NaN too
+    ranks_R = (first_K < oldest_recent).nonzero().flatten()[:best]
+    rows_R = first_K[ranks_R]
     if shares_N is not None:
-        before_R = shares_N[chosen_N].sum() + shares_N[others_R].cumsum(0) - shares_N[others_R]
+        before_R = shares_N[oldest_recent:].sum() + shares_N[rows_R].cumsum(0) - shares_N[rows_R]
         enough_R = before_R >= mass
         enough_R[: 1 if recent == 0 else 0] = False  # something must be attended to
-        others_R = others_R[~enough_R]
-    chosen_N[others_R] = True
-    rows_R = chosen_N.nonzero().flatten()
-    return Selection(rows_R, scores_N[rows_R], ranks_N[rows_R])
+        rows_R, ranks_R = rows_R[~enough_R], ranks_R[~enough_R]
+    in_time_R = rows_R.argsort()
+    rows_R = torch.cat((rows_R[in_time_R], torch.arange(oldest_recent, N, device=rows_R.device)))
+    ranks_R = torch.cat((ranks_R[in_time_R], _ranks_from(oldest_recent, scores_N, means_N, group)))
+    return Selection(rows_R, means_N[rows_R], ranks_R)
+
+
+def _ranks_from(first: int, scores_N: Tensor, means_N: Tensor, group: int) -> Tensor:
+    """The ranks among all N rows of those from `first` on."""
+    start = first // group * group  # rows before it are in earlier groups than all of these
+    tail_K = torch.arange(start, len(scores_N), device=scores_N.device)
+    places_K = _in_order(tail_K, scores_N, means_N, group).argsort()
+    earlier_K = (means_N[:start] >= means_N[start:, None]).sum(dim=1, dtype=torch.int32)
+    return (earlier_K + places_K)[first - start :]
+
+
+def _in_order(rows_K: Tensor, scores_N: Tensor, means_N: Tensor, group: int) -> Tensor:
+    """Rows of whole groups as they are taken: by their group's mean score, groups in time order, by their own score."""
+    rows_K = rows_K[scores_N[rows_K].sort(descending=True, stable=True).indices]
+    rows_K = rows_K[(rows_K // group).sort(stable=True).indices]
+    return rows_K[means_N[rows_K].sort(descending=True, stable=True).indices]
 
 
 def group_means(scores_N: Tensor, group: int) -> Tensor:

@@ -50,13 +50,20 @@ class RowCache:
         """Rows that can be added before another has to leave."""
         return len(self._free)
 
-    def find(self, keys: Sequence[Key]) -> list[int | None]:
-        """Each row's slot, or None; what is found counts as used now."""
-        return [self._touch(key) for key in keys]
-
-    def take(self, slots: Sequence[int]) -> Tensor:
-        """A copy [R, U] of the rows in these slots."""
-        return self._buffer_NU.index_select(0, torch.tensor(slots, dtype=torch.long, device=self.device))
+    def read(self, keys: Sequence[Key], rows_RU: Tensor) -> list[int]:
+        """Copy rows to their places in `rows_RU`, on `device`; returns the places of those that are not here. What is
+        found counts as used now."""
+        slots = [self._touch(key) for key in keys]
+        here = [slot for slot in slots if slot is not None]
+        if len(here) == len(slots):
+            torch.index_select(
+                self._buffer_NU, 0, torch.tensor(here, dtype=torch.long, device=self.device), out=rows_RU
+            )
+            return []
+        for slot, row_U in zip(slots, rows_RU, strict=True):
+            if slot is not None:
+                row_U.copy_(self._buffer_NU[slot])
+        return [place for place, slot in enumerate(slots) if slot is None]
 
     def add(self, key: Key, row_U: Tensor, keep: bool = False) -> None:
         """Copy a row in, as far as there is room for it."""

@@ -73,7 +73,7 @@ class SegmentFolder:
             raise StreamError(f"'{folder}' holds a stream already: restore it, or choose another folder.")
         LocalStorage(folder).write_bytes(SINK, sink.to_bytes())
         created = cls(folder, lock, sink, None, segment_bytes)
-        created._write_header()
+        created._write_header(None)
         return created
 
     @classmethod
@@ -92,6 +92,11 @@ class SegmentFolder:
     @property
     def pages_per_segment(self) -> int:
         return max(1, self._segment_bytes // self._known_format.page_bytes)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of a full segment's pages."""
+        return self.pages_per_segment * self._known_format.page_bytes
 
     @property
     def known_segments(self) -> int:
@@ -120,8 +125,8 @@ class SegmentFolder:
         Raises `StorageError`; then nothing has changed.
         """
         if self.format is None:
+            self._write_header(blocks[0].format)
             self.format = blocks[0].format
-            self._write_header()
         segment, slot = divmod(self._count, self.pages_per_segment)
         blocks = blocks[: self.pages_per_segment - slot]
         records_N = np.zeros(len(blocks), record_type(self.format))
@@ -141,27 +146,30 @@ class SegmentFolder:
 
     def read(self, number: int, first_layer: int, rows: Sequence[Tensor]) -> PageState:
         """Fill `rows` (each [U]) with a page's rows from `first_layer` on, and check every one."""
-        segment, slot, digests = self.places[number]
-        page_format = self._known_format
-        offset = slot * page_format.page_bytes + first_layer * page_format.row_bytes
+        segment = self.places[number].segment
         buffers = [row_U.numpy().data for row_U in rows]
         try:
             file = os.open(self.pages_path(segment), os.O_RDONLY)
         except FileNotFoundError:
             return "absent"
         try:
-            got = os.preadv(file, buffers, offset)
+            got = os.preadv(file, buffers, self.offset_bytes(number, first_layer))
         except OSError:  # the disk cannot read it
             return "damaged"
         finally:
             os.close(file)
-        if got < len(rows) * page_format.row_bytes:
+        if got < len(rows) * self._known_format.row_bytes:
             return "damaged"
-        for layer, buffer in enumerate(buffers, start=first_layer):
-            expected = digests[layer * DIGEST_BYTES : (layer + 1) * DIGEST_BYTES]
-            if xxhash.xxh3_128_digest(buffer) != expected:
-                return "damaged"
-        return "whole"
+        return self.check(number, first_layer, rows)
+
+    def offset_bytes(self, number: int, layer: int) -> int:
+        """Where one row of a page begins in its segment's file."""
+        return self.places[number].slot * self._known_format.page_bytes + layer * self._known_format.row_bytes
+
+    def check(self, number: int, first_layer: int, rows: Sequence[Tensor]) -> PageState:
+        """Whether these are a page's rows from `first_layer` on."""
+        found, start = row_digests(rows), first_layer * DIGEST_BYTES
+        return "whole" if found == self.places[number].digests[start : start + len(found)] else "damaged"
 
     def load(self) -> Iterator[Records]:
         """Read all records, a segment at a time. What is torn at the end is forgotten; a damaged record before others
@@ -197,7 +205,7 @@ class SegmentFolder:
             path.unlink()
         self.format, self._count = None, 0
         self.places.clear()
-        self._write_header()
+        self._write_header(None)
 
     def close(self) -> None:
         """Let another process open the folder."""
@@ -216,8 +224,8 @@ class SegmentFolder:
         records_N = np.frombuffer(data, kind, count=len(data) // kind.itemsize)
         return {slot: record for slot, record in enumerate(records_N) if _checksum(record) == record["check"].tobytes()}
 
-    def _write_header(self) -> None:
-        known = None if self.format is None else self.format.to_json()
+    def _write_header(self, page_format: PageFormat | None) -> None:
+        known = None if page_format is None else page_format.to_json()
         header = {"version": VERSION, "format": known, "segment_bytes": self._segment_bytes}
         LocalStorage(self.folder).write_bytes(HEADER, json.dumps(header).encode())
         _sync_folder(self.folder)

@@ -6,10 +6,9 @@ missing is never used: its block is lost, and the stream goes on without it. One
 it, one thread puts and any number read, and `clear` and `close` come after all of them. `disk` is below main memory.
 """
 
-import itertools
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,17 @@ import torch
 from torch import Tensor
 
 from sparsight.errors import LostBlockError, StorageError, StreamError
-from sparsight.kv.bank import BlockIndex, IndexRows, check_follows
+from sparsight.kv.bank import BlockIndex, IndexRows, check_follows, index_row_bytes
 from sparsight.kv.block import BlockHead, KvBlock, block_digest
 from sparsight.kv.disk import DiskBudget, DiskTier
 from sparsight.kv.page import PageFormat
 from sparsight.kv.row_cache import Key, RowCache
+from sparsight.kv.waiting import WaitingBlocks
 from sparsight.storage import Storage
 
 CPU = torch.device("cpu")
+FAR_READERS = 8
+"""Requests to the object store at a time."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class TieredBank:
         self._putting = threading.Lock()
         self._writer = ThreadPoolExecutor(1, "stream-write")
         self._prefetcher = ThreadPoolExecutor(1, "stream-prefetch")
+        self._far_readers = ThreadPoolExecutor(FAR_READERS, "stream-far")
         self._forget()
 
     @classmethod
@@ -110,26 +113,25 @@ class TieredBank:
         return self.sink.nbytes + len(self) * block_bytes
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._numbers)
 
     def put(self, block: KvBlock) -> None:
-        """As `BlockBank.put`. The block is not durable yet. While blocks cannot be written, the next put tries again
-        first, and raises `StreamError` without keeping its own."""
+        """As `BlockBank.put`; the block is copied. It is not durable yet. While blocks cannot be written, the next put
+        tries again first, and raises `StreamError` without keeping its own."""
         with self._putting:
             if (block.number, block.digest) == (self._last.number, self._last.digest):
                 return
             check_follows(block, self._last)
             self._check_memory(block.format)
-            self._disk.check_capacity(block.format, len(self._index))
-            waiting_bytes = (len(self._waiting) + 1) * block.format.page_bytes
-            if self._fault is not None or waiting_bytes > self._waiting_bytes(block.format):
+            self._disk.check_capacity(block.format, len(self) + len(self._lost))
+            if self._format is None:
+                self._open_memory(block.format)
+            if self._fault is not None or self._waiting.full:
                 self.flush()
             with self._mutex:
-                if self._format is None:
-                    self._open_memory(block.format)
-                self._waiting[block.number] = block
-                self._rows[block.number] = len(self._index)
+                self._numbers.add(block.number)
                 self._index.append(block)
+                self._waiting.add(block, self._index.snapshot().mean_keys_LNGC[:, -1])
                 self._take_as_newest(block.head)
             self._writer.submit(self._write)
 
@@ -144,33 +146,27 @@ class TieredBank:
 
     def index(self) -> BlockIndex:
         with self._mutex:
-            index = self._index.snapshot()
-            if not self._lost:
-                return index
-            if self._left is None or self._left[0] != (len(index), len(self._lost)):
-                self._left = (len(index), len(self._lost)), index.without(self._lost)
-            return self._left[1]
+            if len(self._index) > len(self):
+                left = self._index.snapshot().without(self._lost)
+                self._index = self._new_index(self._known())
+                self._index.add(left)
+            return self._index.snapshot()
 
     def get(self, number: int) -> KvBlock:
         with self._mutex:
             page_format = self._known(number)
-            if number in self._waiting:
-                return self._waiting[number]
-            row, index = self._rows[number], self._index.snapshot()
+            index = self._index.snapshot()
         rows_LU = torch.cat([self._ram_rows(layer, [number]) for layer in range(page_format.layers)])
+        row = int(torch.searchsorted(index.numbers_N, number))
         start_s, end_s = index.spans_s_N2[row].tolist()
-        mean_keys_LGC = index.mean_keys_LNGC[:, row].clone()
-        digest = block_digest(self._disk.digests(number), mean_keys_LGC)
-        return KvBlock(number, start_s, end_s, page_format, rows_LU, mean_keys_LGC, digest)
+        return KvBlock.of_rows(number, start_s, end_s, page_format, rows_LU, index.mean_keys_LNGC[:, row].clone())
 
     def gather(self, layer: int, numbers: Sequence[int]) -> Tensor:
         with self._mutex:
             page_format = self._known(*numbers)
         if self._near is None:
-            rows_RU = self._ram_rows(layer, numbers).to(self._device)
-        else:
-            rows_RU = self._through(self._near, layer, numbers, self._ram_rows)
-        return page_format.unpack(rows_RU)
+            return page_format.unpack(self._ram_rows(layer, numbers).to(self._device))
+        return page_format.unpack(self._near_rows(self._near, layer, numbers))
 
     def prefetch(self, numbers: Sequence[int]) -> "Future[None]":
         """Bring whole blocks into main memory behind the caller's back; blocks that turn out lost are left out."""
@@ -180,11 +176,7 @@ class TieredBank:
         """Read every page from where it is durable and check it; what is not whole is lost then. Returns `lost`."""
         self.flush()
         for number in self.index().numbers_N.tolist():
-            page_format = self._known(number)
-            rows_LU = torch.empty(page_format.layers, page_format.row_bytes, dtype=torch.uint8)
-            reason = self._disk.read(number, 0, list(rows_LU))
-            if reason is not None:
-                self._lose(number, reason)
+            self._read(number, 0, list(self._known(number).empty_rows(self._known(number).layers)))
         return self.lost
 
     def clear(self) -> None:
@@ -201,6 +193,7 @@ class TieredBank:
             self.flush()
         finally:
             self._prefetcher.shutdown()
+            self._far_readers.shutdown()
             self._writer.shutdown()
             self._disk.close()
 
@@ -208,34 +201,39 @@ class TieredBank:
         self._format: PageFormat | None = None
         self._last: BlockHead = self.sink.head
         self._index = IndexRows(self.sink.mean_keys_LGC)
-        self._rows: dict[int, int] = {}  # of the index, by number; without lost blocks
-        self._waiting: OrderedDict[int, KvBlock] = OrderedDict()  # put, and not durable yet
+        self._numbers: set[int] = set()  # of all blocks that are not lost
+        self._waiting = WaitingBlocks(0, 0, 0)  # put, and not durable yet
         self._recent: deque[int] = deque(maxlen=self._memory.recent_blocks)
         self._lost: dict[int, str] = {}
-        self._left: tuple[tuple[int, int], BlockIndex] | None = None  # the index without lost blocks, and of when
         self._fault: StreamError | None = None
         self._ram = RowCache(1, 0, CPU)
         self._near: RowCache | None = None
 
     def _open_memory(self, page_format: PageFormat) -> None:
-        """Reserve the caches and the index's place: their size is known with the first page's."""
+        """Reserve all memory: how much is known with the first page."""
         self._format = page_format
-        most_rows = 1 + min(
-            self._disk.capacity_bytes // page_format.page_bytes,
-            self._memory.ram_bytes // self.sink.mean_keys_LGC.nbytes,
-        )
-        self._index = IndexRows(self.sink.mean_keys_LGC, most_rows)
+        self._index = self._new_index(page_format)
+        pages = self._waiting_bytes(page_format) // page_format.page_bytes
+        self._waiting = WaitingBlocks(pages, page_format.layers, page_format.row_bytes)
         self._ram = RowCache(page_format.row_bytes, self._cache_rows(page_format), CPU)
         if self._memory.device_bytes:
             capacity = self._memory.device_bytes // page_format.row_bytes
             self._near = RowCache(page_format.row_bytes, capacity, self._device)
+
+    def _new_index(self, page_format: PageFormat) -> IndexRows:
+        """With room for as many blocks as disk and memory allow."""
+        most_rows = 1 + min(
+            self._disk.capacity_bytes // page_format.page_bytes,
+            self._memory.ram_bytes // index_row_bytes(self.sink.mean_keys_LGC),
+        )
+        return IndexRows(self.sink.mean_keys_LGC, most_rows)
 
     def _waiting_bytes(self, page_format: PageFormat) -> int:
         return max(page_format.page_bytes, self._memory.ram_bytes // 16)
 
     def _cache_rows(self, page_format: PageFormat) -> int:
         """Rows that main memory has room for beside waiting blocks and an index with one row more than now."""
-        index_bytes = (len(self._index) + 1) * self.sink.mean_keys_LGC.nbytes
+        index_bytes = (len(self._index) + 1) * index_row_bytes(self.sink.mean_keys_LGC)
         free_bytes = self._memory.ram_bytes - index_bytes - self._waiting_bytes(page_format)
         return free_bytes // page_format.row_bytes
 
@@ -262,7 +260,7 @@ class TieredBank:
         """On the writer's thread: make all waiting blocks durable, then leave their rows to the cache."""
         while True:
             with self._mutex:
-                blocks = list(self._waiting.values())
+                blocks = self._waiting.blocks()
             if not blocks:
                 return
             try:
@@ -276,9 +274,8 @@ class TieredBank:
             self._fault = None
             with self._mutex:
                 for block in written:
-                    for key, row_U in zip(_keys(block.number, block.format), block.rows_LU, strict=True):
-                        self._ram.add(key, row_U, keep=block.number in self._recent)
-                    del self._waiting[block.number]
+                    self._cache_page(block.number, block.rows_LU)
+                    self._waiting.remove(block.number)
 
     def _load(self) -> None:
         for records in self._disk.load():
@@ -286,7 +283,7 @@ class TieredBank:
             assert page_format is not None
             if self._format is None:
                 self._open_memory(page_format)
-            self._rows.update(zip(records.numbers_N.tolist(), itertools.count(len(self._index))))
+            self._numbers.update(records.numbers_N.tolist())
             self._index.extend(records.numbers_N, records.spans_s_N2, records.mean_keys_NLGC)
             self._lost.update(dict.fromkeys(records.lost, "its record is damaged"))
             number, start_s = int(records.numbers_N[-1]), float(records.spans_s_N2[-1, 0])
@@ -304,14 +301,11 @@ class TieredBank:
 
     def _fill(self, numbers: Sequence[int]) -> None:
         """Read pages straight into the cache, while nobody else has the bank."""
-        assert self._format is not None
         for number in numbers:
             keep = number in self._recent
             with self._mutex:
-                places = [self._ram.claim(key, keep) for key in _keys(number, self._format)]
-            reason = self._disk.read(number, 0, [place for place in places if place is not None])
-            if reason is not None:
-                self._lose(number, reason)
+                places = [self._ram.claim(key, keep) for key in _keys(number, self._known())]
+            self._read(number, 0, [place for place in places if place is not None])
 
     def _fetch_blocks(self, numbers: Sequence[int]) -> None:
         for number in numbers:
@@ -321,49 +315,66 @@ class TieredBank:
             except LostBlockError:
                 continue
 
-    def _ram_rows(self, layer: int, numbers: Sequence[int]) -> Tensor:
-        return self._through(self._ram, layer, numbers, self._rows_below)
-
-    def _rows_below(self, layer: int, numbers: Sequence[int]) -> Tensor:
-        rows_RU = torch.empty(len(numbers), self._known(numbers[0]).row_bytes, dtype=torch.uint8)
-        for row_U, number in zip(rows_RU, numbers, strict=True):
-            with self._mutex:
-                block = self._waiting.get(number)
-            if block is not None:
-                row_U.copy_(block.rows_LU[layer])
-                continue
-            reason = self._disk.read(number, layer, [row_U])
-            if reason is not None:
-                self._lose(number, reason)
-                self._known(number)
-        return rows_RU
-
-    def _through(
-        self, cache: RowCache, layer: int, numbers: Sequence[int], below: Callable[[int, Sequence[int]], Tensor]
-    ) -> Tensor:
-        """One layer's rows [R, U]: what the cache has, and the rest from below, which it then has, too."""
+    def _near_rows(self, near: RowCache, layer: int, numbers: Sequence[int]) -> Tensor:
+        """One layer's rows [R, U] on the accelerator, which has those of main memory then, too."""
         keys = [(number, layer) for number in numbers]
+        rows_RU = self._known().empty_rows(len(numbers), self._device)
         with self._mutex:
-            slots = cache.find(keys)
-            held_RU = cache.take([slot for slot in slots if slot is not None])
-        missing = [place for place, slot in enumerate(slots) if slot is None]
-        if not missing:
-            return held_RU
-        fetched_RU = below(layer, [numbers[place] for place in missing]).to(cache.device)
+            missing = near.read(keys, rows_RU)
+        if missing:
+            rows_RU[missing] = self._ram_rows(layer, [numbers[place] for place in missing]).to(self._device)
         with self._mutex:
-            for place, row_U in zip(missing, fetched_RU, strict=True):
-                cache.add(keys[place], row_U, keep=numbers[place] in self._recent and cache is self._ram)
-        rows_RU = fetched_RU.new_empty(len(numbers), fetched_RU.shape[1])
-        rows_RU[[place for place, slot in enumerate(slots) if slot is not None]] = held_RU
-        rows_RU[missing] = fetched_RU
+            for place in missing:
+                near.add(keys[place], rows_RU[place])
         return rows_RU
+
+    def _ram_rows(self, layer: int, numbers: Sequence[int]) -> Tensor:
+        """One layer's rows [R, U]; main memory has them then, those of the slow tiers, too."""
+        keys = [(number, layer) for number in numbers]
+        rows_RU = self._known().empty_rows(len(numbers))
+        with self._mutex:
+            missing = self._ram.read(keys, rows_RU)
+        far: list[Future[None]] = []
+        for place in missing:
+            number, row_U = numbers[place], rows_RU[place]
+            with self._mutex:
+                waits = self._waiting.copy_row(number, layer, row_U)
+            if not waits and self._disk.is_near(number):
+                self._read(number, layer, [row_U])
+            elif not waits:
+                far.append(self._far_readers.submit(self._read_far, number, layer, row_U))
+        for done in far:
+            done.result()
+        with self._mutex:
+            self._known(*numbers)
+            for place in missing:
+                self._ram.add(keys[place], rows_RU[place], keep=numbers[place] in self._recent)
+        return rows_RU
+
+    def _read_far(self, number: int, layer: int, row_U: Tensor) -> None:
+        """Of a page that is in the store only, all rows come in one request: other layers will ask for them."""
+        rows_LU = self._known(number).empty_rows(self._known(number).layers)
+        self._read(number, 0, list(rows_LU))
+        row_U.copy_(rows_LU[layer])
+        with self._mutex:
+            if number not in self._lost:
+                self._cache_page(number, rows_LU)
+
+    def _read(self, number: int, first_layer: int, rows: Sequence[Tensor]) -> None:
+        """Rows from the slow tiers, checked; a page that is not whole is lost then."""
+        reason = self._disk.read(number, first_layer, rows)
+        if reason is not None:
+            self._lose(number, reason)
+
+    def _cache_page(self, number: int, rows_LU: Tensor) -> None:
+        for key, row_U in zip(_keys(number, self._known()), rows_LU, strict=True):
+            self._ram.add(key, row_U, keep=number in self._recent)
 
     def _lose(self, number: int, reason: str) -> None:
         with self._mutex:
-            assert self._format is not None
             self._lost[number] = reason
-            self._rows.pop(number, None)
-            keys = _keys(number, self._format)
+            self._numbers.discard(number)
+            keys = _keys(number, self._known())
             self._ram.forget(keys)
             if self._near is not None:
                 self._near.forget(keys)
@@ -373,7 +384,7 @@ class TieredBank:
         for number in numbers:
             if number in self._lost:
                 raise LostBlockError(f"block {number} is lost, {self._lost[number]}: ask again, without it.")
-            if number not in self._rows:
+            if number not in self._numbers:
                 raise StreamError(
                     f"block {number} is not in this bank of {len(self)} blocks: take numbers from its index."
                 )

@@ -79,6 +79,33 @@ def test_the_choice_does_not_depend_on_the_order_of_blocks(similarity: Similarit
     assert sorted(order_N[shuffled_R].tolist()) == rows_R.tolist()
 
 
+@pytest.mark.parametrize("levels", [2, 40, 1_000_000])
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize(("best", "recent"), [(64, 8), (5, 40), (0, 3), (3, 0)])
+def test_the_choice_among_many_equals_sorting_them_all(best: int, recent: int, group: int, levels: int) -> None:
+    generator = torch.Generator().manual_seed(levels)
+    scores_N = torch.randint(0, levels, (1000,), generator=generator).float()
+    scores: list[float] = scores_N.tolist()
+    parts = [scores[start : start + group] for start in range(0, 1000, group)]
+    means = [sum(parts[row // group]) / len(parts[row // group]) for row in range(1000)]
+    order = sorted(range(1000), key=lambda row: (-means[row], row // group, -scores[row], row))
+    newest = range(1000 - recent, 1000)
+    expected = sorted([*newest, *[row for row in order if row not in newest][:best]])
+    rows_R, scores_R, ranks_R = select_blocks(scores_N, best, recent, group)
+    assert rows_R.tolist() == expected
+    torch.testing.assert_close(scores_R, torch.tensor([means[row] for row in expected]))
+    assert ranks_R.tolist() == [order.index(row) for row in expected]
+
+
+def test_scores_by_the_indexs_norms_are_those_by_its_keys() -> None:
+    stream = tiny_stream()
+    index = bank_of(*encode(stream, frames_of(stream, 12))).index()
+    queries_HTC = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(5))
+    for layer, mean_keys_NGC in enumerate(index.mean_keys_LNGC):
+        scores_N = score_blocks(queries_HTC, mean_keys_NGC, "cosine", index.norms_LN[layer])
+        torch.testing.assert_close(scores_N, score_blocks(queries_HTC, mean_keys_NGC, "cosine"))
+
+
 class QuestionPass:
     """ReKV's first pass: the question alone, each layer attending to what it retrieves from every block's full keys."""
 

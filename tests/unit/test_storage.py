@@ -20,6 +20,17 @@ def test_bytes_come_back(storage_uri: str) -> None:
     assert storage.child("a").read_bytes("b.bin") == b"second"
 
 
+def test_a_range_is_what_the_object_has_there(storage_uri: str) -> None:
+    storage = open_storage(storage_uri)
+    storage.write_bytes("a/b.bin", bytes(range(100)))
+    assert storage.read_range("a/b.bin", 0, 3) == b"\x00\x01\x02"
+    assert storage.child("a").read_range("b.bin", 40, 20) == bytes(range(40, 60))
+    assert storage.read_range("a/b.bin", 95, 20) == bytes(range(95, 100))
+    assert storage.read_range("a/b.bin", 100, 1) == b""
+    with pytest.raises(StorageError, match=r"cannot read .*nothing/here"):
+        storage.read_range("nothing/here", 0, 1)
+
+
 def test_missing_object_is_one_clear_error(storage_uri: str) -> None:
     storage = open_storage(storage_uri)
     with pytest.raises(StorageError, match=r"cannot read .*nothing/here"):
@@ -150,6 +161,7 @@ def test_bucket_that_is_not_there_is_a_storage_error(s3_server: str, tmp_path: P
     for action in (
         lambda: storage.write_bytes("a", b""),
         lambda: storage.read_bytes("a"),
+        lambda: storage.read_range("a", 0, 1),
         lambda: storage.exists("a"),
         lambda: list(storage.keys()),
         lambda: storage.delete("a"),

@@ -26,7 +26,8 @@ def index_of(blocks: int, first: int = 0, seed: int = 3) -> BlockIndex:
     generator = torch.Generator().manual_seed(seed)
     numbers_N = torch.arange(first, first + blocks)
     spans_s_N2 = torch.stack((2.0 * numbers_N, 2.0 * numbers_N + 2), dim=1).double()
-    return BlockIndex(numbers_N, spans_s_N2, torch.randn(2, blocks, 2, 8, generator=generator))
+    mean_keys_LNGC = torch.randn(2, blocks, 2, 8, generator=generator)
+    return BlockIndex(numbers_N, spans_s_N2, mean_keys_LNGC, mean_keys_LNGC.flatten(2).norm(dim=2))
 
 
 def slowly(scores: list[float], best: int, recent: int, group: int) -> list[int]:

@@ -14,10 +14,11 @@ def row_of(number: int, layer: int = 0) -> torch.Tensor:
 
 def found(cache: RowCache, *numbers: int) -> list[int]:
     """The numbers whose rows are there; their content is checked."""
-    slots = cache.find([(number, 0) for number in numbers])
-    there = [number for number, slot in zip(numbers, slots, strict=True) if slot is not None]
-    rows_RU = cache.take([slot for slot in slots if slot is not None])
-    assert rows_RU.tolist() == [row_of(number).tolist() for number in there]
+    rows_RU = torch.zeros(len(numbers), 8, dtype=torch.uint8)
+    missing = cache.read([(number, 0) for number in numbers], rows_RU)
+    there = [number for place, number in enumerate(numbers) if place not in missing]
+    for row_U, number in zip(rows_RU, numbers, strict=True):
+        assert torch.equal(row_U, row_of(number) if number in there else torch.zeros_like(row_U))
     return there
 
 
@@ -53,9 +54,9 @@ def test_layers_of_a_block_are_rows_of_their_own() -> None:
     cache = RowCache(8, 4, CPU)
     for layer in (0, 1):
         cache.add((5, layer), row_of(5, layer))
-    slots = cache.find([(5, 1), (5, 0), (5, 2)])
-    assert slots[2] is None
-    assert cache.take([slot for slot in slots if slot is not None])[:, 0].tolist() == [51, 50]
+    rows_RU = torch.zeros(3, 8, dtype=torch.uint8)
+    assert cache.read([(5, 1), (5, 0), (5, 2)], rows_RU) == [2]
+    assert rows_RU[:, 0].tolist() == [51, 50, 0]
     cache.forget([(5, 0), (6, 0)])
     assert (len(cache), cache.free) == (1, 3)
 
@@ -71,9 +72,9 @@ def test_a_smaller_cache_loses_rows_and_mixes_none_up(row_bytes: int) -> None:
     assert (len(cache), cache.capacity, cache.free) == (2, 2, 0)
     cache.add((7, 0), row_of(7)[:1].expand(row_bytes))
     for number in range(8):
-        slot = cache.find([(number, 0)])[0]
-        if slot is not None:
-            assert (cache.take([slot]) == 10 * number).all()
+        row_1U = torch.zeros(1, row_bytes, dtype=torch.uint8)
+        if not cache.read([(number, 0)], row_1U):
+            assert (row_1U == 10 * number).all()
     cache.shrink(0)
     cache.add((8, 0), row_of(8)[:1].expand(row_bytes))
-    assert cache.find([(8, 0)]) == [None]
+    assert cache.read([(8, 0)], torch.empty(1, row_bytes, dtype=torch.uint8)) == [0]

@@ -79,6 +79,27 @@ def test_another_machine_goes_on_from_the_store_alone(tmp_path: Path, store: Sto
     assert not [key for key in store.keys("") if key.startswith("open-00003")], "a full segment replaces its open copy"
 
 
+def test_pages_are_read_alone_until_their_segment_is_worth_bringing(tmp_path: Path, store: Storage) -> None:
+    folder, twin = tmp_path / "stream", RamBank(sink_of(), 2**30)
+    with filled(folder, store, 9) as bank:
+        bank.upload()
+    for number in range(9):
+        twin.put(block_of(number))
+    for name in ("00000.pages", "00001.pages"):
+        (folder / name).unlink()
+    room_for_one = MemoryBudget(4 * PAGE_BYTES, recent_blocks=0)
+    with TieredBank.restore(folder, room_for_one, DISK, store) as bank:
+        assert torch.equal(bank.gather(0, [1]), twin.gather(0, [1]))
+        store.delete("00000.pages")
+        assert torch.equal(bank.gather(1, [1]), twin.gather(1, [1])), "all layers came in one request"
+        for number in (3, 4, 5):
+            assert bank.get(number).digest == twin.get(number).digest
+        assert not list(folder.glob("0000[01].pages"))
+        assert torch.equal(bank.gather(0, [4, 3]), twin.gather(0, [4, 3]))
+        assert (folder / "00001.pages").exists()
+        assert not bank.lost
+
+
 def test_a_damaged_or_missing_page_is_mended_from_the_store(tmp_path: Path, store: Storage) -> None:
     folder = tmp_path / "stream"
     with filled(folder, store, 9) as bank:

@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,6 +83,39 @@ def test_gathered_tensors_and_snapshots_are_the_callers(tmp_path: Path) -> None:
         assert_same(bank, twin_of(11))
 
 
+def test_a_block_that_was_put_or_got_is_the_callers(tmp_path: Path) -> None:
+    with filled(tmp_path, 0) as bank, files_of_at_most(10):
+        block = block_of(0)
+        bank.put(block)
+        block.rows_LU.zero_()
+        block.mean_keys_LGC.zero_()
+        with pytest.raises(StreamError, match="in memory only"):
+            bank.flush()
+        bank.get(0).rows_LU.zero_()
+        assert_same(bank, twin_of(1))
+    with TieredBank.restore(tmp_path, MEMORY, DISK) as bank:
+        assert_same(bank, twin_of(1))
+
+
+def test_questions_are_answered_while_blocks_come(tmp_path: Path) -> None:
+    twin = twin_of(60)
+
+    def read(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for turn in range(300):
+            numbers_N = bank.index().numbers_N
+            chosen: list[int] = numbers_N[torch.randint(len(numbers_N), (5,), generator=generator)].tolist()
+            assert torch.equal(bank.gather(turn % LAYERS, chosen), twin.gather(turn % LAYERS, chosen))
+            assert bank.get(chosen[0]).digest == twin.get(chosen[0]).digest
+
+    with filled(tmp_path, 1, MemoryBudget(20 * PAGE_BYTES)) as bank, ThreadPoolExecutor(2) as readers:
+        reading = [readers.submit(read, seed) for seed in (0, 1)]
+        for number in range(1, 60):
+            bank.put(block_of(number))
+        for done in reading:
+            done.result()
+
+
 def test_recent_blocks_are_answered_without_the_disk(tmp_path: Path) -> None:
     with filled(tmp_path, 20) as bank:
         bank.flush()
@@ -94,7 +128,8 @@ def test_recent_blocks_are_answered_without_the_disk(tmp_path: Path) -> None:
 
 
 def test_prefetched_blocks_are_answered_without_the_disk(tmp_path: Path) -> None:
-    with filled(tmp_path, 20) as bank:
+    with filled(tmp_path, 20, MemoryBudget(10 * PAGE_BYTES, recent_blocks=2)) as bank:
+        bank.flush()
         bank.prefetch([3, 4]).result()
         for path in tmp_path.glob("*.pages"):
             path.unlink()
