@@ -181,9 +181,9 @@ def time_stream(folder: Path, sizes: Sizes) -> dict[str, float]:
         bank.flush()
     figures = time_questions(host, banks, random_index(sizes), sizes)
     figures["gather_vs_memcpy"] = gather_vs_memcpy(banks["short"], sizes)
-    figures["load_vs_recompute"] = load_vs_recompute(host, banks["long"], folder / "long", sizes)
     for bank in banks.values():
         bank.close()
+    figures["load_vs_recompute"] = load_vs_recompute(host, folder / "long", memory, sizes)
     for name, cold in (("restore_vs_plain_read", True), ("restore_vs_plain_read_warm", False)):
         figures[name] = restore_vs_plain_read(folder / "short", memory, sizes, cold)
     return figures
@@ -253,17 +253,19 @@ def gather_vs_memcpy(bank: TieredBank, sizes: Sizes) -> float:
     return median_ratio(copy, gather, 4 * sizes.rounds)
 
 
-def load_vs_recompute(host: Host, bank: TieredBank, folder: Path, sizes: Sizes) -> float:
+def load_vs_recompute(host: Host, folder: Path, memory: MemoryBudget, sizes: Sizes) -> float:
+    """The oldest pages, which a restored bank has on the disk only."""
     encoder = StreamEncoder(host.model, host.sink, window_tokens(sizes))
 
     def encode(frames: int = 1) -> None:
         encoder.encode(torch.randn(frames, sizes.frame_tokens, sizes.hidden), [(0.0, 0.0)] * frames)
 
     encode(sizes.window_frames + 1)
-    oldest = iter(range(len(bank)))
-    return median_ratio(
-        lambda: bank.get(next(oldest)), encode, sizes.rounds, before=lambda: drop_from_page_cache(folder.iterdir())
-    )
+    files, oldest = list(folder.iterdir()), iter(range(sizes.blocks))
+    with TieredBank.restore(folder, memory, DISK) as bank:
+        return median_ratio(
+            lambda: bank.get(next(oldest)), encode, sizes.rounds, before=lambda: drop_from_page_cache(files)
+        )
 
 
 def restore_vs_plain_read(folder: Path, memory: MemoryBudget, sizes: Sizes, cold: bool) -> float:
