@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from sparsight.evaluate.plots import COLOURS, DPI, NEUTRAL, WIDTH_IN
 from sparsight.evaluate.reproduction import LOWER_IS_BETTER, Compared, Metrics, Row, over_seeds
 
+FORMS = "DsoX^"
+"""Markers, one after the other when the colours are used up."""
 OUTCOME_COLOURS = {"better": "#009E73", "worse": "#D55E00", "not decided": NEUTRAL}
 
 
@@ -41,19 +43,20 @@ def _label(entry: Compared) -> str:
 
 
 def plane(seeds: Sequence[Metrics], models: Sequence[str], across: str, up: str) -> bytes:
-    """Every model in the plane of two metrics: seeds as dots, their mean with the name."""
-    figure = Figure(figsize=(WIDTH_IN, 4.2), dpi=DPI, layout="constrained")
+    """Every model in the plane of two metrics: seeds as dots, their mean with the name; colour and form tell who."""
+    figure = Figure(figsize=(WIDTH_IN, max(4.2, 0.7 + 0.21 * len(models))), dpi=DPI, layout="constrained")
     axes: Any = figure.subplots()
     for index, model in enumerate(models):
         points = [(seed[model][across], seed[model][up]) for seed in seeds]
         colour = COLOURS[index % len(COLOURS)]
         axes.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, markersize=4, alpha=0.5)
         middle = sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
-        axes.plot(*middle, "D", color=colour, markersize=8, label=model)
-    axes.set_xlabel(f"{across.replace('_', ' ')} (share)")
-    axes.set_ylabel(f"{up.replace('_', ' ')} (share)")
+        form = FORMS[index // len(COLOURS) % len(FORMS)]
+        axes.plot(*middle, form, color=colour, markersize=8, markeredgecolor="white", linestyle="", label=model)
+    axes.set_xlabel(across.replace("_", " "))
+    axes.set_ylabel(up.replace("_", " "))
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return _png(figure)
