@@ -38,7 +38,7 @@ class StreamMethod(Slice):
 
     @model_validator(mode="after")
     def _check(self) -> "StreamMethod":
-        if self.recent > self.frames:
+        if self.kind in ("internal", "external", "oracle") and self.recent > self.frames:
             raise ValueError(f"method '{self.name}': recent {self.recent} is more than frames {self.frames}")
         return self
 
