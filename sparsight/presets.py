@@ -13,8 +13,7 @@ _EITHER = ("epochs", "steps")
 
 _SPARSE_GROUPS = ["projector", "experts", "routers"]
 
-_LLAVA_KD_AT_TEACHER = {"forward_kl": 1.0, "visual_kl": 1.0, "relation": 0.5}
-_LLAVA_KD = {"cross_entropy": 1.0, **_LLAVA_KD_AT_TEACHER}
+_LLAVA_KD = {"cross_entropy": 1.0, "forward_kl": 1.0, "visual_kl": 1.0, "relation": 0.5}
 """LLaVA-KD's whole loss, with its paper's weights."""
 
 
@@ -60,11 +59,19 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
         _stage("sft", _DENSE_GROUPS, {"cross_entropy": 1.0}, 128, 2e-5),
         _stage("dft", _DENSE_GROUPS, _LLAVA_KD, 128, 2e-5),
     ],
-    # Both: LLaVA-MoD's stages and sparse student, LLaVA-KD's terms wherever the teacher's signals are read.
+    # Both: LLaVA-MoD's stages and sparse student. LLaVA-KD's whole loss teaches the projector what the teacher sees;
+    # afterwards its relations stay, and the distributions at pictures do not (docs/decisions/0013).
     "sparsight": [
         _DPT,
-        _stage("d2d", _DENSE_GROUPS, _LLAVA_KD_AT_TEACHER, 256, 2e-5),
-        _stage("d2s", _SPARSE_GROUPS, {**_LLAVA_KD, "balance": 0.01}, 256, 2e-5, upcycle=_UPCYCLE),
+        _stage("d2d", _DENSE_GROUPS, {"forward_kl": 1.0, "relation": 0.5}, 256, 2e-5),
+        _stage(
+            "d2s",
+            _SPARSE_GROUPS,
+            {"forward_kl": 1.0, "cross_entropy": 1.0, "relation": 0.5, "balance": 0.01},
+            256,
+            2e-5,
+            upcycle=_UPCYCLE,
+        ),
         _PREFERENCE,
     ],
 }
