@@ -18,7 +18,7 @@ from pipelines.prepare import LONG_STREAM_SETTINGS
 from pipelines.runtime import connect, model_task, require
 from pipelines.stream_exam import StreamExam
 from sparsight import layout
-from sparsight.artifacts import Artifact, RunDirectory, read_manifest
+from sparsight.artifacts import Artifact, RunDirectory, digest, read_manifest
 from sparsight.config import RunConfig, StreamMethod, StreamsSource, StreamTrials
 from sparsight.data.stream_questions import retrieval_clips
 from sparsight.data.streams import QuestionedStream, iter_streams
@@ -29,9 +29,12 @@ from sparsight.observe import progress_bar, say
 from sparsight.storage import Storage
 
 KIND, VERSION = "stream_evaluation", 1
-ANSWERS = "answers.parquet"
+HEAD_KIND, HEAD_VERSION = "retrieval_head", 1
+"""Raised when the same clips and model would give another head, and with `HEAD_CLIPS`."""
 HEAD_CLIPS = 800
-"""Clips that a retrieval head learns from: what is drawn and kept in memory for it takes seconds."""
+"""Clips that a retrieval head learns from, at most; they are kept in memory."""
+ANSWERS = "answers.parquet"
+FIGURES = ("accuracy", "past", "now", "recall")
 
 
 def ask_about_streams(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource]) -> None:
@@ -53,9 +56,10 @@ def ask_about_streams(config: RunConfig, trials: StreamTrials, models: Sequence[
     found = scores(rows)
     artifact.storage.write_bytes(ANSWERS, to_parquet(rows))
     figures = {
-        f"{model}_{method}_{key}": score.by_kind[key]
+        f"{model}_{method}_{name}": value
         for (model, method), score in found.items()
-        for key in score.by_kind
+        for name, value in metrics(score).items()
+        if name in FIGURES
     }
     artifact.commit({"answers": len(rows)}, figures | {"wall_s": time.monotonic() - start_s})
     say(f"answers about {'test' if config.evaluate.sets == 'tests' else 'validation'} streams\n{table(found)}")
@@ -86,7 +90,20 @@ def _streams(config: RunConfig) -> Storage:
 def _artifact(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource]) -> Artifact:
     inputs = {f"model_{model.name}": model.fingerprint for model in _asked(trials, models)}
     inputs["streams"] = read_manifest(_streams(config), "streams").fingerprint
+    if any(method.kind == "external" for method in (*trials.methods, *trials.ablations)):
+        inputs["heads"] = digest([HEAD_VERSION, _learned_from(config)])
     return RunDirectory(config.run_dir).artifact(_name(config), KIND, VERSION, trials, inputs)
+
+
+def _learned_from(config: RunConfig) -> dict[str, Any]:
+    """The settings that retrieval heads depend on."""
+    source = _source(config).model_dump(mode="json", exclude=set(LONG_STREAM_SETTINGS))
+    return {"source": source, "seed": config.seed}
+
+
+def _source(config: RunConfig) -> StreamsSource:
+    (source,) = [it for it in config.data.sources if isinstance(it, StreamsSource) and it.streams > 0]
+    return source
 
 
 def _asked(trials: StreamTrials, models: Sequence[ModelSource]) -> list[ModelSource]:
@@ -97,19 +114,17 @@ def _asked(trials: StreamTrials, models: Sequence[ModelSource]) -> list[ModelSou
 
 def _heads(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource]) -> dict[str, Storage]:
     """A finished retrieval head for each model that is asked by external retrieval."""
-    (source,) = [it for it in config.data.sources if isinstance(it, StreamsSource) and it.streams > 0]
-    learning = source.model_dump(mode="json", exclude=set(LONG_STREAM_SETTINGS))
-    threads = config.resources.threads_per_worker
+    source, threads = _source(config), config.resources.threads_per_worker
     heads: dict[str, Storage] = {}
     work: list[Any] = []
     for model in models:
         if all(method.kind != "external" for method in trials.methods_of(model.name)):
             continue
         artifact = RunDirectory(config.run_dir).artifact(
-            f"{layout.RETRIEVAL_HEADS}/{model.label}",
-            "retrieval_head",
-            VERSION,
-            {"source": learning, "seed": config.seed},
+            f"{layout.RETRIEVAL_HEADS}/{model.name}",
+            HEAD_KIND,
+            HEAD_VERSION,
+            _learned_from(config),
             {"model": model.fingerprint},
         )
         heads[model.name] = artifact.storage

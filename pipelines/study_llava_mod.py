@@ -18,7 +18,7 @@ COMPARISONS = (
         "mimic",
         "sft",
         ACCURACY,
-        "better, +8.1 %",
+        "not reported",
     ),
     Comparison(
         "mimic_minus_sft_same_pictures",
@@ -26,7 +26,7 @@ COMPARISONS = (
         "mimic_few",
         "sft",
         ACCURACY,
-        "better, +8.1 %",
+        "better, +8.1 % (relative)",
     ),
     Comparison("d2d_d2s_minus_d2s", "D2D then D2S than D2S only", "mimic", "d2s_only", ACCURACY, "better, +4.0 %"),
     Comparison(

@@ -350,8 +350,12 @@ class RunConfig(Slice):
         return self
 
     def _check_streams(self, trials: StreamTrials) -> None:
-        if not any(isinstance(source, StreamsSource) and source.streams > 0 for source in self.data.sources):
-            raise ValueError("evaluate.streams asks about long streams, but no source draws any: set its streams")
+        drawing = [source for source in self.data.sources if isinstance(source, StreamsSource) and source.streams > 0]
+        if len(drawing) != 1:
+            raise ValueError(
+                f"evaluate.streams asks about the long streams of one source, and {len(drawing)} draw some: set "
+                "`streams` of one"
+            )
         known = ["teacher", "student", *(student.name for student in self.distill.students[1:])]
         unknown = [name for name in trials.models if name not in known]
         if unknown:

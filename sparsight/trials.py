@@ -11,6 +11,16 @@ from sparsight.settings import Slice
 
 MethodKind = Literal["full", "internal", "external", "uniform", "recent", "oracle"]
 
+_READ: dict[MethodKind, frozenset[str]] = {
+    "full": frozenset({"two_pass"}),
+    "internal": frozenset({"frames", "recent", "similarity", "group", "mass", "pages", "two_pass"}),
+    "external": frozenset({"frames", "recent", "group", "pages", "two_pass"}),
+    "uniform": frozenset({"frames", "two_pass"}),
+    "recent": frozenset({"frames", "two_pass"}),
+    "oracle": frozenset({"frames", "recent", "pages", "two_pass"}),
+}
+"""The settings that each kind of method reads."""
+
 
 class StreamMethod(Slice):
     """One way to answer a question about a long stream."""
@@ -40,6 +50,11 @@ class StreamMethod(Slice):
     def _check(self) -> "StreamMethod":
         if self.kind in ("internal", "external", "oracle") and self.recent > self.frames:
             raise ValueError(f"method '{self.name}': recent {self.recent} is more than frames {self.frames}")
+        unread = self.model_fields_set - _READ[self.kind] - {"name", "kind"}
+        if unread:
+            raise ValueError(
+                f"method '{self.name}': {', '.join(sorted(unread))} would change nothing for '{self.kind}'"
+            )
         return self
 
 

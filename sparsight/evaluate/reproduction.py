@@ -144,10 +144,11 @@ def metrics_of(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 
 
 def compare(comparisons: Sequence[Comparison], seeds: Sequence[Metrics]) -> list[Compared]:
-    """Every comparison whose models and metric all seeds have."""
+    """Every comparison whose models and metric all seeds have; a metric that is not a number, none has."""
     found: list[Compared] = []
     for it in comparisons:
-        if all(it.metric in seed.get(model, {}) for seed in seeds for model in (it.one, it.other)):
+        values = [seed.get(model, {}).get(it.metric, math.nan) for seed in seeds for model in (it.one, it.other)]
+        if all(map(math.isfinite, values)):
             gaps = [seed[it.one][it.metric] - seed[it.other][it.metric] for seed in seeds]
             found.append(Compared(it, interval(gaps)))
     return found
@@ -155,7 +156,7 @@ def compare(comparisons: Sequence[Comparison], seeds: Sequence[Metrics]) -> list
 
 def over_seeds(seeds: Sequence[Metrics], model: str, metric: str) -> Interval | None:
     """A model's metric over the seeds; None where it was not measured."""
-    if not all(metric in seed.get(model, {}) for seed in seeds):
+    if not all(math.isfinite(seed.get(model, {}).get(metric, math.nan)) for seed in seeds):
         return None
     return interval([seed[model][metric] for seed in seeds])
 

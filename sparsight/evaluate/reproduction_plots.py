@@ -68,7 +68,7 @@ def side_by_side(seeds: Sequence[Metrics], row: Row) -> bytes:
     axes: Any = figure.subplots()
     width = 0.8 / len(row.models)
     for index, model in enumerate(row.models):
-        colour = COLOURS[index % len(COLOURS)]
+        colour, label = COLOURS[index % len(COLOURS)], model
         for place, metric in enumerate(row.metrics):
             value = over_seeds(seeds, model, metric)
             if value is None:
@@ -77,7 +77,8 @@ def side_by_side(seeds: Sequence[Metrics], row: Row) -> bytes:
             axes.plot([x] * len(value.values), value.values, "o", color=colour, markersize=3, alpha=0.5)
             if len(value.values) > 1:
                 axes.plot([x, x], [value.low, value.high], color=colour, linewidth=1.5)
-            axes.plot([x], [value.mean], "D", color=colour, markersize=5, label=model if place == 0 else None)
+            axes.plot([x], [value.mean], "D", color=colour, markersize=5, label=label)
+            label = None
     axes.set_xticks(range(len(row.metrics)), list(row.metrics.values()), fontsize=8)
     axes.set_ylabel("share of right answers", fontsize=8)
     axes.tick_params(axis="y", labelsize=8)

@@ -86,9 +86,10 @@ def scores(rows: Iterable[StreamAnswerRow]) -> dict[tuple[str, str], MethodScore
 
 
 def metrics(score: MethodScore) -> dict[str, float]:
-    """A score by flat names: `accuracy`, `now`, `past`, `recall`, `past_3600s`, `past_ever`, …"""
+    """A score by flat names: `accuracy`, `now`, `past`, `recall`, `past_3600s`, `past_ever`, …; of what was asked."""
     lengths = {f"{kind}_{seconds:g}s": value for (kind, seconds), value in score.by_length.items()}
-    return {"accuracy": score.accuracy, "recall": score.recall, **score.by_kind, **lengths, **score.by_type}
+    values = {"accuracy": score.accuracy, "recall": score.recall, **score.by_kind, **lengths, **score.by_type}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def table(found: dict[tuple[str, str], MethodScore]) -> str:

@@ -15,7 +15,7 @@ from typing import Self
 
 from torch import Tensor
 
-from sparsight.errors import StreamError
+from sparsight.errors import StorageError, StreamError
 from sparsight.kv.archive import SegmentArchive, fetch_missing
 from sparsight.kv.block import KvBlock
 from sparsight.kv.page import PageFormat
@@ -123,7 +123,7 @@ class DiskTier:
     def read(self, number: int, first_layer: int, rows: Sequence[Tensor]) -> str | None:
         """Fill `rows` (each [U]) with a page's rows from `first_layer` on; None, or why the page is lost.
 
-        Raises `StorageError` where the store does not answer: then nothing is lost.
+        Raises `StreamError` where the store does not answer: then nothing is lost.
         """
         segment = self._folder.places[number].segment
         with self._mutex:
@@ -134,7 +134,10 @@ class DiskTier:
             if self._bring_back(self._archive, segment, sum(row_U.nbytes for row_U in rows)):
                 state = self._folder.read(number, first_layer, rows)
             if state != "whole":
-                state = self._archive.read(self._folder, number, first_layer, rows)
+                try:
+                    state = self._archive.read(self._folder, number, first_layer, rows)
+                except StorageError as error:
+                    raise StreamError(f"block {number} cannot be read now, but is not lost: {error}") from error
         if state == "whole":
             return None
         return f"its page in '{self._folder.pages_path(segment)}' is {'missing' if state == 'absent' else 'damaged'}"
@@ -154,18 +157,22 @@ class DiskTier:
 
     def _bring_back(self, archive: SegmentArchive, segment: int, wanted_bytes: int) -> bool:
         """Fetch a whole segment once as many bytes of it were read in parts as it has: so what travels is at most twice
-        what had to. False while that is not so."""
+        what had to. False while that is not so, or where the folder has no room: then parts are read on."""
         with self._mutex:
             self._read_bytes[segment] = self._read_bytes.get(segment, 0) + wanted_bytes
             if self._read_bytes[segment] <= self._folder.full_bytes:
                 return False
         with self._moving:
-            if segment in self._read_bytes:  # no other thread was quicker
+            if segment not in self._read_bytes:  # another thread was quicker
+                return True
+            with self._mutex:
+                del self._read_bytes[segment]
+            try:
                 self._make_room()
                 if archive.fetch_pages(self._folder, segment):
                     self._use(segment)
-                with self._mutex:
-                    del self._read_bytes[segment]
+            except (StorageError, StreamError):
+                return False
         return True
 
     def _use(self, segment: int) -> None:

@@ -86,6 +86,13 @@ def test_overrides_reach_groups_and_lists(path: Path) -> None:
         ("pairs.samples=kept", "no source keeps pictures for pairs: set its pair_pictures"),
         ("data.sources.1={kind: streams, scene_s: [5, 2]}", r"scene_s \[5\.0, 2\.0\]: give the shortest time"),
         ("data.sources.1={kind: streams, lengths_s: [0.5]}", r"lengths_s \[0\.5\]: a stream of 0\.5 frames a second"),
+        ("evaluate.streams={methods: [{name: a}]}", "the long streams of one source, and 0 draw some"),
+        ("evaluate.streams={methods: [{name: a}, {name: a}]}", r"names of methods are not unique: \['a', 'a'\]"),
+        ("evaluate.streams={methods: [{name: a, frames: 2}]}", "method 'a': recent 4 is more than frames 2"),
+        (
+            "evaluate.streams={methods: [{name: a, kind: uniform, mass: 0.5}]}",
+            "method 'a': mass would change nothing for 'uniform'",
+        ),
         ("data.sources.1.hidden=1.5", r"scenes\.hidden: .*less than or equal to 1"),
         ("pairs.temperature=0", r"pairs\.temperature: .*greater than 0"),
         ("distill.students.0.stages.0.upcycle={experts: 2, active_experts: 3}", "active_experts 3 is more than"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsight.errors import LostBlockError, StorageError, StreamError
+from sparsight.errors import LostBlockError, StreamError
 from sparsight.kv.bank import RamBank
 from sparsight.kv.disk import DiskBudget
 from sparsight.kv.tiers import MemoryBudget, TieredBank
@@ -152,6 +152,16 @@ def test_a_store_that_is_taken_and_budgets_that_do_not_fit_are_refused(tmp_path:
         bank.put(block_of(4))
 
 
+def test_parts_are_read_on_where_the_folder_has_no_room_for_the_whole(tmp_path: Path, store: Storage) -> None:
+    folder = tmp_path / "stream"
+    with filled(folder, store, 40) as bank:
+        bank.upload()
+    without_room = DiskBudget(3 * SEGMENT, store_bytes=2**20, segment_bytes=SEGMENT)
+    with TieredBank.restore(folder, MEMORY, without_room, store) as bank:
+        for _ in range(3):  # main memory holds a few blocks: most are read from below each time
+            assert_same(bank, 40)
+
+
 def test_a_store_that_does_not_answer_loses_nothing(tmp_path: Path, new_bucket: Callable[[], str]) -> None:
     folder, bucket = tmp_path / "stream", new_bucket()
     store = open_storage(f"s3://{bucket}/stream")
@@ -161,7 +171,9 @@ def test_a_store_that_does_not_answer_loses_nothing(tmp_path: Path, new_bucket: 
     with TieredBank.restore(folder, MEMORY, DISK, store) as bank:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(store, "bucket", "no-such-bucket")
-            with pytest.raises(StorageError, match="check the URI, the AWS_"):
+            with pytest.raises(
+                StreamError, match=r"block 0 cannot be read now, but is not lost: .*check the URI, the AWS_"
+            ):
                 bank.gather(0, [0])
             assert torch.equal(bank.gather(0, [8]), block_of(8).page_L2GSC[:1])
         assert_same(bank, 9)
