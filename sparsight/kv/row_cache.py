@@ -56,9 +56,8 @@ class RowCache:
         slots = [self._touch(key) for key in keys]
         here = [slot for slot in slots if slot is not None]
         if len(here) == len(slots):
-            torch.index_select(
-                self._buffer_NU, 0, torch.tensor(here, dtype=torch.long, device=self.device), out=rows_RU
-            )
+            slots_R = torch.tensor(here, dtype=torch.long, device=self.device)
+            torch.index_select(_in_words(self._buffer_NU), 0, slots_R, out=_in_words(rows_RU))
             return []
         for slot, row_U in zip(slots, rows_RU, strict=True):
             if slot is not None:
@@ -116,3 +115,8 @@ class RowCache:
             self._used.move_to_end(key)
             return self._used[key]
         return self._kept.get(key)
+
+
+def _in_words(rows_RU: Tensor) -> Tensor:
+    """The same bytes, eight to a number where rows allow it: torch gathers numbers, and fewer are faster."""
+    return rows_RU.view(torch.int64) if rows_RU.shape[1] % 8 == 0 else rows_RU
