@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparsight.data.stream_scenes import frames_of
 from sparsight.data.streams import QuestionedStream, StreamQuestion, StreamRecipe
 from sparsight.evaluate.stream_scores import StreamAnswerRow
 from sparsight.kv.answerer import Answer, StreamAnswerer
@@ -20,12 +19,10 @@ from sparsight.kv.attention import KvTextModel
 from sparsight.kv.bank import RamBank
 from sparsight.kv.block import KvBlock
 from sparsight.kv.encoder import StreamEncoder, encode_sink
-from sparsight.kv.head_training import evidence_frames
+from sparsight.kv.head_training import evidence_frames, projected_stream
 from sparsight.kv.page import Encoding
 from sparsight.kv.retrieval_head import HeadEmbedder
 from sparsight.kv.retrieve import BestAndRecent, ByEmbedding, ByNumber, Retriever
-from sparsight.media.pixels import to_pixels
-from sparsight.media.video import Frame
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.trials import StreamMethod
 
@@ -60,7 +57,7 @@ class StreamExam:
     ) -> tuple[list[StreamAnswerRow], list[str]]:
         """The answers to all questions by all methods, and which methods the stream is too long for."""
         recipe = stream.recipe
-        frames_FSD = self.frame_embeds(recipe)
+        frames_FSD = projected_stream(self._model, recipe)
         vectors_FD = None if self._embedder is None else self._embedder.embed_projected(frames_FSD)
         banks = self._banks(methods, recipe, frames_FSD)
         fitting = [method for method in methods if method.kind != "full" or self._fits(recipe.frames)]
@@ -140,22 +137,6 @@ class StreamExam:
             answer=self._model.chat.decode(answer.ids),
             recall=sum(known) / len(known) if known else math.nan,
         )
-
-    def frame_embeds(self, recipe: StreamRecipe) -> Tensor:
-        """Every frame of the stream, projected: [F, S, D]."""
-        parts: list[Tensor] = []
-        waiting: list[Frame] = []
-        for frame in frames_of(recipe):
-            waiting.append(frame)
-            if len(waiting) == FRAMES_PER_CALL:
-                parts.append(self._projected(waiting))
-                waiting = []
-        return torch.cat([*parts, *([self._projected(waiting)] if waiting else [])])
-
-    def _projected(self, frames: Sequence[Frame]) -> Tensor:
-        with torch.no_grad():
-            pixels_FCHW = to_pixels([frame.picture for frame in frames], self._model.pixels)
-            return self._model.frame_embeds(self._model.features(pixels_FCHW))
 
     def _banks(self, methods: Sequence[StreamMethod], recipe: StreamRecipe, frames_FSD: Tensor) -> dict[str, RamBank]:
         """The stream's memory by kind of page, and `full`, as far as the methods need them."""

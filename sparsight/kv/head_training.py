@@ -1,9 +1,9 @@
-"""Training of the retrieval head, and how much of what questions need is found by embeddings.
+"""Training of the retrieval head: which frames hold what a question asks for.
 
 A head learns which frames of a clip hold what a question about it asks for, from drawn clips whose evidence is known
 (`stream_questions.retrieval_clips`). The host stays as it is, and no long stream is learned from. Only questions about
 what was before teach: what is on now is in the newest frames, whatever they show. Plain torch on a CPU, a minute at
-most. Called by whoever evaluates external retrieval.
+most. Called by `pipelines.stream_trials`.
 """
 
 import math
@@ -18,13 +18,11 @@ from torch.nn import functional
 from sparsight.data.stream_scenes import frames_of
 from sparsight.data.streams import QuestionedStream, StreamQuestion, StreamRecipe
 from sparsight.errors import DataError
-from sparsight.kv.embedding import FrameEmbedder
 from sparsight.kv.retrieval_head import RetrievalHead, host_fingerprint, projected_frames, question_words
-from sparsight.kv.retrieve import select_blocks
 from sparsight.model.vision_language import VisionLanguageModel
 
 BATCH_FRAMES = 64
-"""Frames of a stream that are drawn and embedded at a time."""
+"""Frames of a stream that are drawn and projected at a time."""
 WARMUP_STEPS = 20
 
 
@@ -70,7 +68,7 @@ def clip_example(model: VisionLanguageModel, clip: QuestionedStream) -> ClipExam
     if not questions:
         return None
     return ClipExample(
-        projected_frames(model, [frame.picture for frame in frames_of(clip.recipe)]),
+        projected_stream(model, clip.recipe),
         torch.stack([question_words(model, question.question) for question in questions]),
         torch.stack([evidence_frames(question, clip.recipe) for question in questions]),
         torch.stack([seen_frames(question, clip.recipe) for question in questions]),
@@ -125,30 +123,12 @@ def _rate_scale(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def mean_recall(
-    embedder: FrameEmbedder, streams: Iterable[QuestionedStream], best: int, recent: int = 0
-) -> dict[str, float]:
-    """The share of the evidence's seconds that the `best` nearest and the `recent` newest frames cover: a mean over the
-    questions of each kind that have evidence (docs/protocol.md)."""
-    found: dict[str, list[float]] = {}
-    for stream in streams:
-        recipe = stream.recipe
-        frames_ND = embed_stream(embedder, recipe)
-        for question in stream.questions:
-            seen_ND = frames_ND[seen_frames(question, recipe)]
-            rows = select_blocks(seen_ND @ embedder.embed_question(question.question), best, recent).rows_R.tolist()
-            recall = question.recall([(recipe.time_s(frame), recipe.time_s(frame + 1)) for frame in rows])
-            if recall is not None:
-                found.setdefault(question.kind, []).append(recall)
-    return {kind: sum(recalls) / len(recalls) for kind, recalls in found.items()}
-
-
-def embed_stream(embedder: FrameEmbedder, recipe: StreamRecipe) -> Tensor:
-    """The vectors [N, D] of all frames of a drawn stream; frame n becomes block n."""
+def projected_stream(model: VisionLanguageModel, recipe: StreamRecipe) -> Tensor:
+    """What the model's text part is shown of all frames of a drawn stream: [F, S, D]; frame n becomes block n."""
     frames = frames_of(recipe)
     parts: list[Tensor] = []
     while batch := [frame.picture for frame in islice(frames, BATCH_FRAMES)]:
-        parts.append(embedder.embed_frames(batch))
+        parts.append(projected_frames(model, batch))
     return torch.cat(parts)
 
 

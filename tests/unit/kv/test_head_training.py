@@ -1,4 +1,4 @@
-"""Training of the retrieval head: what it learns, from which frames, and the recall that is reported of it."""
+"""Training of the retrieval head: what it learns, and from which frames."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsight.data.stream_questions import long_streams, retrieval_clips
+from sparsight.data.stream_questions import retrieval_clips
 from sparsight.errors import DataError
 from sparsight.kv.head_training import (
     ClipExample,
@@ -16,11 +16,10 @@ from sparsight.kv.head_training import (
     SigmoidLoss,
     clip_example,
     fit_head,
-    mean_recall,
     train_head,
 )
-from sparsight.kv.retrieval_head import HeadEmbedder, RetrievalHead, host_fingerprint, question_words
-from tests.unit.kv.tiny_host import SOURCE, TEXT_WIDTH, tiny_host
+from sparsight.kv.retrieval_head import RetrievalHead, question_words
+from tests.unit.kv.tiny_host import SOURCE, tiny_host
 
 KINDS, WIDTH = 6, 24
 ONE_STEP = HeadSchedule(steps=1, batch_clips=2)
@@ -112,18 +111,3 @@ def test_examples_are_what_the_clip_says() -> None:
                 assert bool(example.evidence_QF[row, frame]) == evidence
                 assert bool(example.seen_QF[row, frame]) == (time_s <= question.time_s)
             torch.testing.assert_close(example.words_QD[row], question_words(host, question.question))
-
-
-def test_recall_of_all_and_of_the_newest_frames() -> None:
-    host = tiny_host()
-    embedder = HeadEmbedder(host, RetrievalHead(TEXT_WIDTH, host=host_fingerprint(host)))
-    (stream,) = long_streams(SOURCE, "validation", 0)
-    frames = stream.recipe.frames
-    assert mean_recall(embedder, [stream], best=frames) == pytest.approx({"now": 1.0, "past": 1.0})
-    newest: dict[str, list[float]] = {"now": [], "past": []}
-    for question in stream.questions:
-        start_s = question.time_s - stream.recipe.time_s(2)
-        recall = question.recall([(start_s, question.time_s + stream.recipe.time_s(1))])
-        newest[question.kind] += [] if recall is None else [recall]
-    wanted = {kind: sum(values) / len(values) for kind, values in newest.items()}
-    assert mean_recall(embedder, [stream], best=0, recent=3) == pytest.approx(wanted)

@@ -10,6 +10,7 @@ from pipelines.stream_exam import StreamExam, chosen_alone, evenly, oracle_frame
 from sparsight.config import ArchitectureConfig, StreamMethod, StreamsSource
 from sparsight.data.stream_questions import long_streams
 from sparsight.data.streams import QuestionedStream, StreamQuestion, StreamRecipe
+from sparsight.kv.head_training import projected_stream
 from sparsight.kv.reference import full_attention_answer
 from sparsight.kv.retrieval_head import HeadEmbedder, RetrievalHead, host_fingerprint
 from sparsight.model.tiny import make_dense, make_tokenizer
@@ -122,7 +123,7 @@ def test_every_question_is_answered_by_every_method(model: VisionLanguageModel, 
 def test_full_answers_as_the_unmodified_model_does(model: VisionLanguageModel, stream: QuestionedStream) -> None:
     exam = StreamExam(model, 200, 4)
     rows, _ = exam.sit("student", stream, [method("full")])
-    frames_FSD = exam.frame_embeds(stream.recipe)
+    frames_FSD = projected_stream(model, stream.recipe)
     for row, question in zip(rows, stream.questions, strict=True):
         prompt = model.chat.frames_prompt(question.question)
         seen = round(question.time_s * stream.recipe.frames_per_second) + 1
