@@ -1,8 +1,8 @@
 """What a sparse layer's step costs: beside a dense layer of equal activated FLOPs, and beside loops over its experts.
 
 The layers are those of an up-cycled student: a stock sparse block whose experts run through
-`sparsight/model/experts.py`, and a stock dense FFN, width 576, float32; a step is forward and backward, with gradients
-of weights and input. An expert is 1536 wide, SmolLM2-135M's FFN. `loop` is transformers' `eager`: expert by expert, the
+`sparsight/model/experts.py`, and a stock dense FFN, width 576; a step is forward and backward, with gradients of
+weights and input. An expert is 1536 wide, SmolLM2-135M's FFN. `loop` is transformers' `eager`: expert by expert, the
 tokens of its mask are gathered. `masked_loop` lets every expert compute all tokens and masks what it was not given,
 experts / active times the FLOPs. `stock` is transformers' `grouped_mm`, `small` the sizes of the tiny configuration.
 
@@ -13,8 +13,9 @@ a call costs nothing beside a product of hundreds of rows, so a loop that gather
 what grouping saves is the launches of a GPU. No implementation can take less than `gemms_vs_loop` of that loop's time.
 
 All steps take turns, in an order that rotates; figures are medians of the rounds' ratios. On one thread time is CPU
-time, which leaves out what other programs take; figures with `two_threads` are wall time. Run as
-`python -m benchmarks.moe --json FILE`.
+time, which leaves out what other programs take; figures with `two_threads` are wall time, and so are those of a GPU,
+where every step waits for its end. Run as
+`python -m benchmarks.moe --json FILE [--device cuda] [--dtype bfloat16]`.
 """
 
 import argparse
@@ -42,6 +43,7 @@ FEW, MANY = 4, 8
 """Experts beside the dense layer, and beside the loops."""
 
 Step = Callable[[], object]
+Clock = Callable[[], float]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,18 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--expert-width", type=int, default=EXPERT_WIDTH)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args(argv)
-    steps = contenders(arguments.tokens, arguments.expert_width)
-    times = time_steps(steps, arguments.rounds, threads=1)
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    steps = contenders(arguments.tokens, arguments.expert_width, device, dtype)
+    clock = time.process_time if device.type == "cpu" else time_of(device)
+    times = time_steps(steps, arguments.rounds, 1, clock)
     found = ratios(times)
     found["sparse_step_ms"] = 1e3 * statistics.median(times["sparse"])
     found["dense_step_ms"] = 1e3 * statistics.median(times["dense"])
     flops = 18 * arguments.tokens * ACTIVE * WIDTH * arguments.expert_width
     found["gemms_gflop_per_s"] = 1e-9 * flops / statistics.median(times["gemms_many"])
-    if len(os.sched_getaffinity(0)) > 1:
-        both = ratios(time_steps(steps, arguments.rounds, threads=2))
+    if device.type == "cpu" and len(os.sched_getaffinity(0)) > 1:
+        both = ratios(time_steps(steps, arguments.rounds, 2, time.perf_counter))
         found |= {f"{name}_two_threads": ratio for name, ratio in both.items()}
     sizes = {"tokens": arguments.tokens, "width": WIDTH, "expert_width": arguments.expert_width}
+    found |= {"element_bytes": dtype.itemsize, "on_gpu": float(device.type != "cpu")}
     write_result(arguments.json, found | sizes)
     return 0
 
@@ -84,20 +91,21 @@ def ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     }
 
 
-def contenders(tokens: int, expert_width: int) -> dict[str, Step]:
+def contenders(tokens: int, expert_width: int, device: torch.device, dtype: torch.dtype) -> dict[str, Step]:
     """Every step that is timed, on the same input."""
-    x_BTD = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(0))
+    x_BTD = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     few, many, loop, stock = (
-        sparse_layer(experts, expert_width, implementation)
+        sparse_layer(experts, expert_width, implementation).to(device, dtype)
         for experts, implementation in ((FEW, None), (MANY, None), (MANY, "eager"), (MANY, "grouped_mm"))
     )
     small, small_stock = (
-        sparse_layer(FEW, SMALL_EXPERT_WIDTH, implementation, SMALL_WIDTH) for implementation in (None, "grouped_mm")
+        sparse_layer(FEW, SMALL_EXPERT_WIDTH, implementation, SMALL_WIDTH).to(device, dtype)
+        for implementation in (None, "grouped_mm")
     )
     small_x_BTD = x_BTD[..., :SMALL_WIDTH].contiguous()
     return {
         "sparse": step_of(few, x_BTD),
-        "dense": step_of(dense_layer(expert_width * ACTIVE), x_BTD),
+        "dense": step_of(dense_layer(expert_width * ACTIVE).to(device, dtype), x_BTD),
         "grouped": step_of(many, x_BTD),
         "loop": step_of(loop, x_BTD),
         "masked_loop": step_of(MaskedLoop(many), x_BTD),
@@ -172,9 +180,9 @@ def bare_products(layer: Any, x_BTD: torch.Tensor) -> Step:
     first_EHD, second_EDI = experts.gate_up_proj.detach(), experts.down_proj.detach()
     H, D = first_EHD.shape[1:]
     n = max(rows_E)
-    x_nD, inner_nH, hidden_nI = torch.randn(n, D), torch.randn(n, H), torch.randn(n, H // 2)
-    out_nD, out_nH, out_nI = torch.empty(n, D), torch.empty(n, H), torch.empty(n, H // 2)
-    grad_HD, grad_DI = torch.empty(H, D), torch.empty(D, H // 2)
+    x_nD, inner_nH, hidden_nI = (torch.randn(n, width).to(first_EHD) for width in (D, H, H // 2))
+    out_nD, out_nH, out_nI = (torch.empty(n, width).to(first_EHD) for width in (D, H, H // 2))
+    grad_HD, grad_DI = torch.empty(H, D).to(first_EHD), torch.empty(D, H // 2).to(first_EHD)
 
     def step() -> None:
         for expert, rows in enumerate(rows_E):
@@ -189,10 +197,19 @@ def bare_products(layer: Any, x_BTD: torch.Tensor) -> Step:
     return step
 
 
-def time_steps(steps: Mapping[str, Step], rounds: int, threads: int) -> dict[str, list[float]]:
+def time_of(device: torch.device) -> Clock:
+    """Wall time once a GPU has done all that it was given."""
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def time_steps(steps: Mapping[str, Step], rounds: int, threads: int, clock: Clock) -> dict[str, list[float]]:
     """Seconds of every step in every round; one round before does not count."""
     torch.set_num_threads(threads)
-    clock = time.process_time if threads == 1 else time.perf_counter
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):

@@ -90,8 +90,8 @@ class StreamsSource(Slice):
     """Training clips to draw."""
     test_clips: int = Field(default=100, ge=0)
     """Held-out clips to draw, from another seed."""
-    clip_frames: int = Field(default=16, ge=2)
-    """Frames of the longest clips; the shortest have half as many."""
+    clip_frames: list[Annotated[int, Field(ge=1)]] = Field(default=[*range(1, 17)], min_length=1)
+    """Lengths of the clips in frames, taken in turn."""
     clip_frames_per_second: float = Field(default=0.25, gt=0.0)
     """Sampling rate of the clips: lower than that of streams, so that a clip changes as often as retrieved frames."""
     streams: int = Field(default=0, ge=0)

@@ -103,6 +103,8 @@ class StageConfig(Slice):
     share: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of these rows' pictures that the stage learns from, chosen by seed: a small model finds its way sooner on
     few pictures seen often than on many seen once (arXiv 2410.07041); a later stage then takes them all."""
+    most_tokens: int | None = Field(default=None, ge=1, exclude_if=_unless(None))
+    """Learn from rows of at most so many tokens, pictures' included: short clips first is a curriculum by length."""
     upcycle: UpcycleConfig | None = None
     """Turn the dense student that this stage receives into a sparse one before training."""
     preference: PreferenceConfig | None = Field(default=None, exclude_if=_unless(None))

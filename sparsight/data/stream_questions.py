@@ -193,15 +193,16 @@ def clip_samples(
 ) -> Iterator[Sample]:
     """The clips of a split with questions asked after their last frame. Same arguments, same bytes.
 
-    Lengths go from half of `source.clip_frames` to all of it, in turn. Clips whose content hash is in `exclude` are
-    left out, and others drawn.
+    Their lengths are those of `source.clip_frames`, in turn. Clips whose content hash is in `exclude` are left out, and
+    others drawn.
     """
     wanted = {"train": source.clips, "test": source.test_clips}[split]
     made = 0
     for number in count():
         if made == wanted:
             return
-        recipe = _clip_recipe(source, f"{split}_clips", seed, number)
+        frames = source.clip_frames[number % len(source.clip_frames)]
+        recipe = _recipe(source, f"{split}_clips", seed, number, frames, source.clip_frames_per_second)
         shown = list(frames_of(recipe))
         pictures = tuple(encode_png(frame.picture) for frame in shown)
         if hash_frames(pictures) in exclude:
@@ -229,10 +230,11 @@ def retrieval_clips(source: StreamsSource, seed: int) -> Iterator[QuestionedStre
     """As many clips as `source.clips`, with questions, their times and their evidence: what retrieval learns from.
 
     They are a split of their own, because `clip_samples` of the training split are dealt out and some of them end in
-    the validation set. Same arguments, same rows.
+    the validation set, and all as long as the longest of those. Same arguments, same rows.
     """
+    frames, rate = max(source.clip_frames), source.clip_frames_per_second
     for number in range(source.clips):
-        recipe = _clip_recipe(source, "retrieval_clips", seed, number)
+        recipe = _recipe(source, "retrieval_clips", seed, number, frames, rate)
         name = f"{SOURCE}/retrieval/{number}"
         yield QuestionedStream(name, SOURCE, recipe, stream_questions(recipe, ROUNDS * len(TYPES), name))
 
@@ -278,13 +280,6 @@ def stream_questions(recipe: StreamRecipe, number: int, name: str) -> tuple[Stre
         )
         for index, (frame, answer_type, found) in enumerate(asked)
     )
-
-
-def _clip_recipe(source: StreamsSource, split: str, seed: int, number: int) -> StreamRecipe:
-    """Lengths go from half of `source.clip_frames` to all of it, in turn."""
-    least = max(1, source.clip_frames // 2)
-    frames = least + number % (source.clip_frames - least + 1)
-    return _recipe(source, split, seed, number, frames, source.clip_frames_per_second)
 
 
 def _recipe(

@@ -12,8 +12,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from sparsight.config import StageConfig
 from sparsight.data.split import choose_pictures
-from sparsight.errors import AlignmentError
+from sparsight.errors import AlignmentError, ConfigError
 from sparsight.media.chat import ChatEncoder, EncodedChat
 from sparsight.records import Sample, SparseTargets, TeacherSignal, Turn, hash_response
 
@@ -62,11 +63,21 @@ class TrainingRow:
         return self.input_ids[self.positions_n]
 
 
-def share_of(rows: Sequence[AnyRow], share: float, seed: int) -> list[AnyRow]:
-    """The rows of a seeded share of the pictures, in order; at least one picture."""
-    hashes = {row.content_hash for row in rows}
-    chosen = choose_pictures(hashes, max(share, 1.0 / max(1, len(hashes))), seed, "stage share")
-    return [row for row in rows if row.content_hash in chosen]
+def lesson(rows: Sequence[AnyRow], stage: StageConfig, seed: int) -> list[AnyRow]:
+    """The rows that a stage learns from, in order: short enough ones, of a seeded share of the pictures, at least one.
+
+    Raises `ConfigError` where all rows are longer than the stage's `most_tokens`.
+    """
+    most = stage.most_tokens
+    short = [row for row in rows if most is None or len(row) <= most]
+    if rows and not short:
+        raise ConfigError(
+            f"stage '{stage.name}': no row has at most {most} tokens, the shortest has {min(map(len, rows))}: raise "
+            "most_tokens"
+        )
+    hashes = {row.content_hash for row in short}
+    chosen = choose_pictures(hashes, max(stage.share, 1.0 / max(1, len(hashes))), seed, "stage share")
+    return [row for row in short if row.content_hash in chosen]
 
 
 @dataclass(frozen=True)

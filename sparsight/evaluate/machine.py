@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ def describe_machine() -> str:
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}")
     parts.append(f"Python {platform.python_version()}")
-    parts += [f"{name} {version(name)}" for name in ("torch", "transformers", "ray")]
+    parts += [f"{name} {version(name)}" for name in ("torch", "transformers", "ray") if find_spec(name)]
     return ", ".join(parts)
 
 

@@ -34,8 +34,8 @@ FAR_READERS = 8
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """`ram_bytes` covers the index, blocks on their way to the disk, and cached rows; the rows of the newest
-    `recent_blocks` stay as far as there is room. `device_bytes` are for rows on the accelerator."""
+    """`ram_bytes` covers the index, blocks on their way to the disk, cached rows, and a sixteenth for rows that are
+    just being read or gathered; the newest `recent_blocks` stay as far as there is room."""
 
     ram_bytes: int
     device_bytes: int = 0
@@ -233,8 +233,9 @@ class TieredBank:
 
     def _cache_rows(self, page_format: PageFormat) -> int:
         """Rows that main memory has room for beside waiting blocks and an index with one row more than now."""
-        index_bytes = (len(self._index) + 1) * index_row_bytes(self.sink.mean_keys_LGC)
-        free_bytes = self._memory.ram_bytes - index_bytes - self._waiting_bytes(page_format)
+        ram_bytes, index_rows = self._memory.ram_bytes, len(self._index) + 1
+        index_bytes = index_rows * index_row_bytes(self.sink.mean_keys_LGC)
+        free_bytes = ram_bytes - ram_bytes // 16 - index_bytes - self._waiting_bytes(page_format)
         return free_bytes // page_format.row_bytes
 
     def _check_memory(self, page_format: PageFormat) -> None:

@@ -41,7 +41,7 @@ STREAMS: dict[str, Any] = {
     "kind": "streams",
     "clips": 4,
     "test_clips": 2,
-    "clip_frames": 8,
+    "clip_frames": [2, 8],
     "streams": 1,
     "lengths_s": [20.0, 40.0],
     "questions": 6,

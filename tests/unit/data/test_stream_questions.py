@@ -105,7 +105,8 @@ def test_every_answer_of_a_stream_is_exact_and_follows_from_its_evidence(stream:
 def test_streams_and_clips_have_enough_questions() -> None:
     for stream in STREAMS:
         assert len(stream.questions) >= (20 if stream.recipe.seconds < 60 else 30)
-    assert {stream.recipe.frames for stream in RETRIEVAL} == set(range(8, 17))
+    assert {stream.recipe.frames for stream in RETRIEVAL} == {16}
+    assert [len(sample.frames) for sample in CLIPS[:32]] == [*range(1, 17)] * 2
     past = [q for stream in RETRIEVAL for q in stream.questions if q.kind == "past" and q.evidence_s]
     assert len(past) > 5 * len(RETRIEVAL)
     assert max(len(stream.questions) for stream in RETRIEVAL) <= ROUNDS * len(TYPES)
@@ -266,7 +267,7 @@ def test_excluded_clips_are_drawn_again() -> None:
 
 def test_clips_are_ordinary_samples() -> None:
     lengths = Counter(len(sample.frames) for sample in CLIPS)
-    assert set(lengths) == set(range(8, 17))
+    assert set(lengths) == set(range(1, 17))
     for sample in CLIPS[:20]:
         assert sample.independent
         assert sample.frame_times_s == tuple(4.0 * number for number in range(len(sample.frames)))

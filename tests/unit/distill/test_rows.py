@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsight.distill.rows import RowMaker
-from sparsight.errors import AlignmentError
+from sparsight.config import StageConfig, TermsConfig
+from sparsight.distill.rows import RowMaker, lesson
+from sparsight.errors import AlignmentError, ConfigError
 from sparsight.records import Sample, TeacherSignal, Turn, hash_response
 
 MakeSignal = Callable[[Sample, Sequence[str]], TeacherSignal]
@@ -107,3 +108,17 @@ def test_another_tokenizer_is_refused(maker: RowMaker) -> None:
     both = f"tokenizer 0123456789abcdef, the student's is {maker.chat.tokenizer_fingerprint}: .* teacher's tokenizer"
     with pytest.raises(AlignmentError, match=both):
         maker.check_tokenizer("0123456789abcdef")
+
+
+def test_a_stage_of_short_rows_learns_from_no_longer_one(
+    maker: RowMaker, sample: Sample, make_signal: MakeSignal
+) -> None:
+    row = maker.align(sample, make_signal(sample, ANSWERS))
+    rows = [replace(row, id=f"{cut}", content_hash=f"{cut}", input_ids=row.input_ids[cut:]) for cut in range(4)]
+    stage = StageConfig(name="short", terms=TermsConfig(cross_entropy=1.0), steps=1, most_tokens=len(row) - 2)
+    assert [one.id for one in lesson(rows, stage, seed=0)] == ["2", "3"]
+    whole = stage.model_copy(update={"most_tokens": None})
+    assert lesson(rows, whole, seed=0) == rows
+    none = stage.model_copy(update={"most_tokens": len(row) - 4})
+    with pytest.raises(ConfigError, match=f"stage 'short': no row has at most {len(row) - 4} tokens, the shortest"):
+        lesson(rows, none, seed=0)

@@ -87,7 +87,7 @@ def test_pages_are_read_alone_until_their_segment_is_worth_bringing(tmp_path: Pa
         twin.put(block_of(number))
     for name in ("00000.pages", "00001.pages"):
         (folder / name).unlink()
-    room_for_one = MemoryBudget(4 * PAGE_BYTES, recent_blocks=0)
+    room_for_one = MemoryBudget(9 * PAGE_BYTES // 2, recent_blocks=0)
     with TieredBank.restore(folder, room_for_one, DISK, store) as bank:
         assert torch.equal(bank.gather(0, [1]), twin.gather(0, [1]))
         store.delete("00000.pages")

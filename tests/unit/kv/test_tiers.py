@@ -16,7 +16,7 @@ from sparsight.kv.page import Encoding
 from sparsight.kv.tiers import MemoryBudget, TieredBank
 from tests.unit.kv.random_blocks import LAYERS, PAGE_BYTES, block_of, contents, sink_of
 
-MEMORY = MemoryBudget(8 * PAGE_BYTES, recent_blocks=2)
+MEMORY = MemoryBudget(9 * PAGE_BYTES, recent_blocks=2)
 DISK = DiskBudget(2**20, segment_bytes=4 * PAGE_BYTES)
 
 

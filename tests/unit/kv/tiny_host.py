@@ -9,7 +9,7 @@ from sparsight.data.stream_questions import retrieval_clips
 from sparsight.model.tiny import make_dense, make_tokenizer
 from sparsight.model.vision_language import VisionLanguageModel
 
-SOURCE = StreamsSource(kind="streams", clips=6, clip_frames=8, size_pixels=32, streams=1, lengths_s=[60.0])
+SOURCE = StreamsSource(kind="streams", clips=6, clip_frames=[8], size_pixels=32, streams=1, lengths_s=[60.0])
 TEXT_WIDTH = 32
 
 
