@@ -6,6 +6,7 @@ Called by `pipelines.evaluate` when the evaluation is there; measures nothing.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.stream_trials import FIGURES, read_stream_metrics
 from pipelines.times import read_times
 from sparsight import layout
 from sparsight.artifacts import MANIFEST, Artifact, Manifest, RunDirectory, code_revision, digest, read_manifest
@@ -116,6 +117,7 @@ def gather(config: RunConfig, evaluation: Evaluation, manifest: Manifest, pictur
         artifacts=rows,
         stage_seconds=_times(storage, manifest),
         store_figures=_store_figures(manifests),
+        streams=_streams(config),
         export=_verdicts(manifests[layout.EXPORT].details) if layout.EXPORT in manifests else {},
         machine=describe_machine(),
         revision=code_revision(),
@@ -155,6 +157,14 @@ def _steps(student: StudentRun) -> int | None:
     """Of all stages together, where the configuration says so."""
     steps = [stage.steps for stage in student.stages if stage.steps is not None]
     return sum(steps) if len(steps) == len(student.stages) else None
+
+
+def _streams(config: RunConfig) -> dict[str, dict[str, float]]:
+    """The headline figures of every model and method that were asked about long streams."""
+    if config.evaluate.streams is None:
+        return {}
+    found = read_stream_metrics(config)
+    return {asked: {name: scores[name] for name in FIGURES if name in scores} for asked, scores in found.items()}
 
 
 def _store_figures(manifests: Mapping[str, Manifest]) -> dict[str, float]:

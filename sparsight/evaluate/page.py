@@ -24,6 +24,11 @@ are of three kinds: drawn at random, the most frequent in all pictures, and adve
 likely."""
 
 
+STREAMED = """\
+Questions about drawn streams (StreamQA), each at its time, of what was before (past) and of what is on (now); means
+over the types of questions. Recall: the share of the evidence's seconds among the frames that an answer rests on."""
+
+
 SHARED_TOWER = """\
 All models share one vision tower, frozen after it was trained with the answers of all training pictures. """
 
@@ -43,6 +48,7 @@ def render(report: Report) -> str:
             f"## Hallucination: {name}\n\n{_hallucination(evaluation, name)}"
             for name in _hallucination_sets(evaluation)
         ),
+        *([f"## Long streams\n\n{STREAMED}\n\n{_streams(report)}"] if report.streams else []),
         f"## Size and speed\n\n{_size_and_speed(report)}",
         *(f"## {caption}\n\n![{caption}]({name})" for name, caption in report.pictures),
         f"## Stored signals and export\n\n{_stores(report)}",
@@ -170,6 +176,15 @@ def _hallucination(evaluation: Evaluation, test_set: str) -> str:
         head = ["absent objects", "", "F1 [95 %]", "accuracy", "precision of yes", "objects recognised", "says yes"]
         parts += [ASKED, _table(head, asked)]
     return "\n\n".join(parts)
+
+
+def _streams(report: Report) -> str:
+    names = ("past", "now", "recall")
+    rows = [
+        [*asked.split("/"), *(f"{scores[name]:.1%}" if name in scores else "–" for name in names)]
+        for asked, scores in report.streams.items()
+    ]
+    return _table(["", "frames", *names], rows)
 
 
 def _size_and_speed(report: Report) -> str:

@@ -70,6 +70,8 @@ class Report(BaseModel):
     there are and how many of them reach the students with their answers."""
     export: dict[str, str]
     """What the export's check said, by reader."""
+    streams: dict[str, dict[str, float]] = {}
+    """What answers about long streams came to (`accuracy`, `past`, `now`, `recall`), by `model/method`."""
     training: Training = Training()
     machine: str
     revision: str
@@ -80,6 +82,8 @@ class Report(BaseModel):
     def figures(self) -> dict[str, float]:
         """Every number by a flat name; what `report.json` holds."""
         found = figures(self.evaluation) | self.store_figures
+        for asked, scores in self.streams.items():
+            found |= {f"streams_{asked.replace('/', '_')}_{name}": value for name, value in scores.items()}
         return found | {f"{stage}_wall_s": seconds for stage, seconds in self.stage_seconds.items()}
 
     @property

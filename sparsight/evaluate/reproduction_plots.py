@@ -27,7 +27,7 @@ def differences(compared: Sequence[Compared]) -> bytes:
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(compared)), [_label(entry) for entry in reversed(compared)], fontsize=8)
     axes.set_xlabel(
-        "difference (share of questions, answers or objects); dots are seeds, bars 95 % intervals", fontsize=8
+        "difference (share of questions, answers or objects)\ndots are seeds, bars 95 % intervals", fontsize=8
     )
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", alpha=0.25)

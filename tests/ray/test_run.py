@@ -110,6 +110,7 @@ def test_one_command_leaves_a_report_with_the_figures_that_programs_read(command
     assert report["figures"].keys() >= FIGURES
     assert all(math.isfinite(report["figures"][name]) for name in FIGURES)
     assert report["figures"]["student_activated_parameters"] < report["figures"]["teacher_activated_parameters"]
+    assert report["figures"].keys() >= {"streams_student_internal_past", "streams_teacher_recent_recall"}
     assert len(report["verdicts"]) == 6
     for name in ("teacher", "signals", "students/sparse_student/sparse", "students/sft_student/sparse", "export"):
         assert (run_dir / name / "manifest.json").exists()

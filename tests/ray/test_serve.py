@@ -297,7 +297,7 @@ def test_shell_of_the_page(address: str, code: str) -> None:
     assert "[DONE]" in output or '"deleted":true' in output
 
 
-@pytest.mark.parametrize("name", ["02_ask_about_a_picture.py", "03_ask_about_a_stream.py"])
+@pytest.mark.parametrize("name", ["01_ask_about_a_picture.py", "02_ask_about_a_stream.py"])
 def test_examples(address: str, name: str) -> None:
     output = run([sys.executable, str(ROOT / "examples" / name)], address)
     assert "what color is the circle?" in output

@@ -232,3 +232,17 @@ def test_bars_of_many_models_leave_room_for_themselves(report: Report) -> None:
     drawn = accuracy_bars(report.evaluation.model_copy(update={"models": many}), "scenes")
     with Image.open(BytesIO(drawn)) as picture:
         assert picture.height > 400
+
+
+def test_answers_about_streams_are_a_table_and_figures(report: Report) -> None:
+    assert "Long streams" not in render(report)
+    asked = {
+        "student/internal": {"past": 0.75, "now": 0.5, "recall": 0.25},
+        "student/full": {"past": 0.875, "now": 1.0},
+    }
+    both = report.model_copy(update={"streams": asked})
+    page = render(both)
+    assert "| student | internal | 75.0% | 50.0% | 25.0% |" in page
+    assert "| student | full | 87.5% | 100.0% | – |" in page
+    assert both.figures["streams_student_internal_past"] == 0.75
+    assert "streams_student_full_recall" not in both.figures

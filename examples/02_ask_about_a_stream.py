@@ -1,7 +1,7 @@
 """Send frames to a served student while they happen, ask about them, and see which moments an answer rests on.
 
 Start the service first (`make serve`, or `python -m serve_apps.app --model RUN/export`), then run
-`python examples/03_ask_about_a_stream.py`. `OPENAI_BASE_URL` names a service elsewhere.
+`python examples/02_ask_about_a_stream.py`. `OPENAI_BASE_URL` names a service elsewhere.
 """
 
 import base64

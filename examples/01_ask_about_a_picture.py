@@ -1,7 +1,7 @@
 """Ask a served student about a picture, with the official OpenAI client.
 
 Start the service first (`make serve`, or `python -m serve_apps.app --model RUN/export`), then run
-`python examples/02_ask_about_a_picture.py`. `OPENAI_BASE_URL` names a service elsewhere.
+`python examples/01_ask_about_a_picture.py`. `OPENAI_BASE_URL` names a service elsewhere.
 """
 
 import base64
