@@ -4,8 +4,8 @@ Each stage takes a few steps in a fresh process with the configuration's threads
 built as the pipelines build it, with its real language weights but otherwise untrained, its rows are drawn scenes.
 Hours are of the process's CPU time over its threads, which is near to what an idle machine takes, and a little too low:
 what runs on one thread only counts less than it takes. The wall time of a step stands beside it. Not in the figures:
-starting workers, checkpoints, labelling, evaluation, stages that learn from pairs or have terms at pictures. Run as
-`python -m benchmarks.stage_costs --json FILE`.
+starting workers, checkpoints, labelling, evaluation, stages that learn from pairs or have terms at pictures or the
+retrieval term. Run as `python -m benchmarks.stage_costs --json FILE`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +82,7 @@ def stages(config: RunConfig) -> Iterator[Measured]:
         groups.insert(0, ("teacher", config.teacher.architecture, config.teacher.stages))
     for name, architecture, listed in groups:
         for index, stage in enumerate(listed):
-            if stage.rows != "pairs" and not stage.terms.visual:
+            if stage.rows != "pairs" and not stage.terms.visual and not stage.terms.retrieval:
                 yield Measured(f"{name}/{stage.name}", stage, architecture, listed[:index])
 
 
@@ -119,13 +120,7 @@ def rows(config: RunConfig, model: VisionLanguageModel, stage: StageConfig) -> l
     if stage.terms.forward_kl == 0:
         return made
     random = np.random.default_rng(0)
-    return [
-        TrainingRow(
-            row.id, row.content_hash, row.input_ids, row.positions_n, row.is_truth_n,
-            targets_of(random, len(row.positions_n), maker.vocabulary), row.starts,
-        )
-        for row in made
-    ]  # fmt: skip
+    return [replace(row, targets=targets_of(random, len(row.positions_n), maker.vocabulary)) for row in made]
 
 
 def targets_of(random: np.random.Generator, n: int, vocabulary: int) -> SparseTargets:

@@ -24,7 +24,7 @@ from sparsight.data.pairs import read_pairs
 from sparsight.data.samples import iter_samples, read_samples
 from sparsight.data.signals import iter_signals
 from sparsight.distill.pair_rows import PairRowMaker
-from sparsight.distill.rows import Row, RowMaker, TrainingRow, lesson
+from sparsight.distill.rows import Row, RowMaker, TrainingRow, chosen_rows
 from sparsight.distill.start import first_student
 from sparsight.errors import AlignmentError, ConfigError
 from sparsight.model.text_base import text_base_digest
@@ -259,7 +259,7 @@ def _jobs(data: StageData, stages: Mapping[str, OpenStage]) -> list[StageJob]:
         if stage.terms.visual:
             data.check_tower(directory)
         rows, samples, vocabulary = _lesson(data, student, stage, VisionLanguageModel.load(directory), before)
-        rows = lesson(rows, stage, data.config.seed)
+        rows = chosen_rows(rows, stage, data.config.seed)
         has_features = samples.uri == data.samples_artifact[0].uri
         job = stage_job(data.config, stage, artifact, rows, start, samples, directory, vocabulary, has_features)
         jobs.append(replace(job, teaching=_teaching(data, stage)))

@@ -29,16 +29,19 @@ from sparsight.evaluate.results import Evaluation
 from sparsight.observe import read_metrics, say
 from sparsight.storage import Storage
 
-KIND, VERSION = "report", 1
+KIND, VERSION = "report", 2
 EVALUATION_KIND = "evaluation"
 """The kind of artefact that a report is about."""
 METRICS = "metrics.jsonl"
-CURVES = ("cross_entropy", "forward_kl", "visual_kl", "relation", "attention")
+CURVES = ("cross_entropy", "forward_kl", "visual_kl", "relation", "attention", "retrieval")
 """Terms that are drawn; a stage without them shows its `loss`."""
 
 
 def write_report(config: RunConfig) -> None:
-    """Write the artefact `report`; a finished one is left alone. Raises `ArtifactError` without an evaluation."""
+    """Write the artefact `report`; a finished one is left alone.
+
+    Raises `ArtifactError` without an evaluation, or without the answers about streams where the configuration asks.
+    """
     run = RunDirectory(config.run_dir)
     evaluated, manifest = run.finished(_evaluation(config), EVALUATION_KIND)
     artifact = _artifact(config, manifest)
@@ -131,7 +134,7 @@ def training_of(config: RunConfig) -> Training:
     teacher, (first, *others) = config.teacher, config.distill.students
     tiny = isinstance(teacher, TinyTeacherConfig)
     stages = [*(teacher.stages if tiny else ()), *(stage for it in config.distill.students for stage in it.stages)]
-    whole = [stage for stage in first.stages if stage.share == 1.0]
+    whole = [stage for stage in first.stages if stage.share == 1.0 and stage.most_tokens is None]
     sft = next((student for student in others if student.name == SFT_STUDENT), None)
     return Training(
         shared_tower=tiny

@@ -90,9 +90,9 @@ KL at answers, KL at pictures, relations); SFT trains projector and text model o
 Answers are known for one picture in ten: PT and SFT learn from that tenth, DPT and DFT from all pictures but for `few`,
 whose stages all stay with the tenth. A text model of a few hundred thousand weights knows no language before, so
 every student starts from one that has learned to answer beside a projector that is still random. Students are dense
-but for `llava_mod` and `sparsight`, whose two active experts of four have the dense students' activated parameters;
-the methods are compared after as many steps, without preference. Made by `make reproduce-kd`; the protocol is in
-docs/protocol.md."""
+but for `llava_mod`, `sparsight` and `all_terms`, whose two active experts of four have the dense students'
+activated parameters; the methods are compared after as many steps, without preference. Made by `make reproduce-kd`;
+the protocol is in docs/protocol.md."""
 
 LLAVA_KD = Study(
     name="llava-kd",

@@ -102,7 +102,7 @@ COMPARISONS = (
     ),
     Comparison(
         "past_student_minus_dense",
-        "sparse student than the dense one",
+        "sparse student than the dense one that it came from",
         "student/internal",
         "dense/internal",
         "past",
@@ -114,7 +114,9 @@ INTRODUCTION = """\
 ReKV's comparisons at the size of one machine: every seed draws its own clips and streams, makes its own teacher and
 students from short clips, and asks them about streams of a minute, ten minutes and an hour that no model has learned
 from (StreamQA, docs/protocol.md). Past questions are about what was there before, now questions about what is on. All
-methods but full attention see the same number of frames. *Uniform* and *recent* are what is done without a memory: the
+methods but full attention see the same number of frames. Models of this size do not retrieve untaught: teacher and
+students have learned, from clips, that their layers' queries find the frames that an answer follows from
+(docs/decisions/0014). *Uniform* and *recent* are what is done without a memory: the
 chosen frames are encoded as a clip of their own. The others read blocks that were encoded once, inside a sliding
 window; *oracle* retrieves frames of the evidence. Accuracies are means over question types. Made by
 `make reproduce-rekv`."""

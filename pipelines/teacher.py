@@ -16,7 +16,7 @@ from sparsight import layout
 from sparsight.artifacts import MANIFEST, Artifact, RunDirectory
 from sparsight.config import RunConfig, StageConfig, TinyTeacherConfig
 from sparsight.data.samples import iter_samples, read_samples
-from sparsight.distill.rows import RowMaker, lesson
+from sparsight.distill.rows import RowMaker, chosen_rows
 from sparsight.errors import ConfigError
 from sparsight.media.images import DecodeLimits
 from sparsight.model.text_base import make_model, text_base_digest
@@ -144,7 +144,7 @@ def _train(
             directory = start.fetch()  # its tower is that of all that wait
         say(f"teacher: {stage.name}")
         artifact.begin()
-        rows = lesson(answered, stage, config.seed)
+        rows = chosen_rows(answered, stage, config.seed)
         waiting.append(stage_job(config, stage, artifact, rows, start, samples, directory))
     if waiting:
         train(waiting, config.resources)

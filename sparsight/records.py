@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-SAMPLES_VERSION = 2
+SAMPLES_VERSION = 3
 SIGNALS_VERSION = 1
 PAIRS_VERSION = 1
 
@@ -25,11 +25,15 @@ PICTURE_MARK = "<image>"
 
 @dataclass(frozen=True)
 class Turn:
-    """One question about the picture, with its answer or, where the answer is withheld, None."""
+    """One question about the picture, with its answer or, where the answer is withheld, None.
+
+    `evidence` are the numbers of the frames that the answer follows from; none where that is not known.
+    """
 
     question: str
     answer: str | None
     answer_type: str = "open"
+    evidence: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class Sample:
         return all(turn.answer is not None for turn in self.turns)
 
     def without_answers(self) -> "Sample":
-        """The same sample with every answer withheld: what a teacher is given to label."""
-        return replace(self, turns=tuple(replace(turn, answer=None) for turn in self.turns))
+        """The same sample with every answer withheld, and where it is to be seen: what a teacher is given to label."""
+        return replace(self, turns=tuple(replace(turn, answer=None, evidence=()) for turn in self.turns))
 
     def to_row(self) -> dict[str, Any]:
         return {
@@ -70,6 +74,7 @@ class Sample:
             "content_hash": self.content_hash,
             "conversation": conversation_of(self.turns, bool(self.frames)),
             "answer_types": [turn.answer_type for turn in self.turns],
+            "evidence": [list(turn.evidence) for turn in self.turns],
             "source": self.source,
             "independent": self.independent,
         }
@@ -79,8 +84,8 @@ class Sample:
         values = [message["value"] for message in row["conversation"]]
         types = [str(kind) for kind in row["answer_types"]]
         turns = tuple(
-            Turn(question.replace(PICTURE_MARK, "").strip(), answer, kind)
-            for question, answer, kind in zip(values[0::2], values[1::2], types, strict=True)
+            Turn(question.replace(PICTURE_MARK, "").strip(), answer, kind, tuple(evidence))
+            for question, answer, kind, evidence in zip(values[0::2], values[1::2], types, row["evidence"], strict=True)
         )
         return Sample(
             id=str(row["id"]),
@@ -118,6 +123,7 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("content_hash", pa.string(), nullable=False),
         pa.field("conversation", pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))),
         pa.field("answer_types", pa.list_(pa.string())),
+        pa.field("evidence", pa.list_(pa.list_(pa.int32()))),
         pa.field("source", pa.string()),
         pa.field("independent", pa.bool_()),
     ],

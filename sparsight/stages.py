@@ -52,6 +52,9 @@ class TermsConfig(Slice):
     """One minus the cosine of teacher's and student's relations between the picture's positions (RDist)."""
     attention: float = Field(default=0.0, ge=0.0, exclude_if=_unless(0.0))
     """One minus the cosine of how text attends to the picture's positions in the middle layers (CompoDistill)."""
+    retrieval: float = Field(default=0.0, ge=0.0, exclude_if=_unless(0.0))
+    """That each layer's own queries find the frames that a question's answer follows from among all of its clip, as
+    retrieval from a stream needs it (docs/numerics.md); of questions that say which these are."""
 
     @property
     def of_teacher(self) -> bool:
@@ -65,7 +68,7 @@ class TermsConfig(Slice):
 
     @model_validator(mode="after")
     def _check(self) -> "TermsConfig":
-        if self.cross_entropy == 0.0 and self.preference == 0.0 and not self.of_teacher:
+        if not self.of_teacher and self.cross_entropy == self.preference == self.retrieval == 0.0:
             raise ValueError("a stage needs a term to learn from: give cross_entropy, forward_kl or another a weight")
         return self
 
@@ -159,6 +162,8 @@ class StageConfig(Slice):
             return None if self.preference is None else "preference settings are for rows: pairs"
         if self.preference is None:
             return "rows: pairs need the settings of the preference loss: give preference: {loss: kto_pair}"
+        if self.terms.retrieval > 0.0:
+            return "pairs do not say what frames an answer follows from: leave terms.retrieval out"
         if self.terms.of_teacher:
             return "pairs hold no teacher targets for forward_kl and visual terms: set preference.reference instead"
         return None

@@ -213,6 +213,12 @@ def clip_samples(
         made += 1
 
 
+def _frames(shots: Sequence[Shot], evidence: Collection[int]) -> tuple[int, ...]:
+    """The frames of some scenes."""
+    chosen = [shots[number] for number in sorted(evidence)]
+    return tuple(frame for shot in chosen for frame in range(shot.first, shot.end))
+
+
 def _clip_turns(recipe: StreamRecipe) -> tuple[Turn, ...]:
     random = _question_random(recipe)
     shots = shots_of(recipe)
@@ -220,7 +226,9 @@ def _clip_turns(recipe: StreamRecipe) -> tuple[Turn, ...]:
     for index, answer_type in enumerate([*TYPES] * ROUNDS):
         found = draft(answer_type, shots, recipe.frames - 1, index < len(TYPES), random)
         if found is not None:
-            turns.setdefault(found.question, Turn(found.question, found.answer, answer_type))
+            # What is on now is in the newest frames, whatever they show: there is nothing in them to be found by.
+            evidence = _frames(shots, found.evidence) if answer_type.startswith("past_") else ()
+            turns.setdefault(found.question, Turn(found.question, found.answer, answer_type, evidence))
     shuffled = list(turns.values())
     random.shuffle(shuffled)
     return tuple(shuffled)

@@ -1,10 +1,12 @@
 """Learning from samples: cross-entropy on ground truth, and the teacher's side of answers and pictures.
 
 Plain supervised training, the mimic stages of LLaVA-MoD and all stages of LLaVA-KD; `losses` has the KL at answers and
-pictures, `visual_loss` the relation and attention terms. Used by the loop.
+pictures, `visual_loss` the relation and attention terms, `retrieval_loss` what makes a host of streams. Used by the
+loop.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,26 +16,33 @@ from sparsight.config import StageConfig
 from sparsight.distill.batches import Batch, collate
 from sparsight.distill.losses import Tail, response_loss
 from sparsight.distill.pictures import Pictures
+from sparsight.distill.retrieval_loss import AskedClip, asked_clips, retrieval_sum
 from sparsight.distill.rows import TrainingRow
 from sparsight.distill.step import Numbers, StepOutput, StudentForward, forward_student, with_balance
 from sparsight.distill.taught import TaughtRow, TeacherSide
 from sparsight.distill.visual_batch import VisualBatch, visual_batch, with_pictures
 from sparsight.distill.visual_loss import VisualLosses
 from sparsight.distill.workers import worker_count
+from sparsight.errors import ConfigError
+from sparsight.model.projections import trace_projections
 from sparsight.model.vision_language import VisionLanguageModel
 
 
 class TaughtBatch(NamedTuple):
-    """A worker's share of a step; `sample_scale` is what one sample counts in the terms that are means over samples."""
+    """A worker's share of a step; `sample_scale` is what one sample counts in the terms that are means over samples,
+    `question_scale` what a question whose evidence is known counts in the retrieval term. `asked` are those questions,
+    none without the term."""
 
     answers: Batch
     pictures: VisualBatch | None
     sample_scale: float
+    asked: Sequence[AskedClip]
+    question_scale: float
 
 
 class ResponseStep(nn.Module):
-    """Batch in, weighted loss out. Sums: CE, KL, visual KL, relation and attention losses, then what they are sums of:
-    CE positions, KL positions, pictures' positions, samples with a picture; input tokens."""
+    """Batch in, weighted loss out. Sums: CE, KL, visual KL, relation, attention and retrieval losses, then what they
+    are sums of: CE positions, KL positions, pictures' positions, samples with a picture, questions; input tokens."""
 
     def __init__(self, student: VisionLanguageModel, stage: StageConfig, vocabulary: int | None) -> None:
         super().__init__()
@@ -45,12 +54,19 @@ class ResponseStep(nn.Module):
     def forward(self, batch: TaughtBatch) -> StepOutput:
         answers, pictures = batch.answers, batch.pictures
         attention = self._terms.attention > 0
-        forward = forward_student(
-            self._student, answers.input_ids_BT, answers.mask_BT, answers.clips, answers.packing, attention
-        )
+        with trace_projections(self._student) if batch.asked else nullcontext() as projections:
+            forward = forward_student(
+                self._student, answers.input_ids_BT, answers.mask_BT, answers.clips, answers.packing, attention
+            )
         loss, sums = self._losses(forward, batch)
+        retrieval = loss.new_zeros(())
+        if projections is not None:
+            retrieval = retrieval_sum(projections, batch.asked, self._student.frame_tokens)
+            loss = loss + self._terms.retrieval * batch.question_scale * retrieval
         counts = [(answers.targets.ce_weights_N > 0).sum(), (answers.targets.kl_weights_N > 0).sum()]
         seen = [0, 0] if pictures is None else [sum(pictures.lengths), sum(length > 0 for length in pictures.lengths)]
+        seen.append(sum(len(clip.spans) for clip in batch.asked))
+        sums.append(retrieval.detach())
         numbers = [*counts, *map(loss.new_tensor, seen), answers.mask_BT.sum()]
         sums = torch.stack([*sums, *(number.to(loss.dtype) for number in numbers)])
         return with_balance(loss, sums, forward.trace, answers.mask_BT, self._terms.balance)
@@ -101,6 +117,11 @@ class ResponseObjective:
         self._pictures, self._side = pictures, side
         if stage.terms.attention > 0:
             student.use_eager_attention()
+        if stage.terms.retrieval > 0 and not any(row.asked for row in rows):
+            raise ConfigError(
+                f"stage '{stage.name}': no question says what frames its answer follows from: leave terms.retrieval "
+                "out, or learn from clips of drawn streams (kind: streams)"
+            )
         self.module: nn.Module = ResponseStep(student, stage, vocabulary)
 
     def batch(self, everything: Numbers, share: Numbers) -> TaughtBatch:
@@ -113,18 +134,21 @@ class ResponseObjective:
         ce_weight, kl_weight = terms.cross_entropy * scale, terms.forward_kl * scale
         answers = collate(rows, self._pictures, chat.pad_id, ce_weight, kl_weight).to(device)
         sample_scale = worker_count() / len(everything)
+        questions = sum(len(self._rows[number].asked) for number in everything)
+        asked = asked_clips(rows, chat.visual_id, self._student.frame_tokens) if terms.retrieval > 0 else []
+        batch = TaughtBatch(answers, None, sample_scale, asked, worker_count() / max(1, questions))
         if not terms.visual:
-            return TaughtBatch(answers, None, sample_scale)
+            return batch
         vocabulary = self._student.head_VD.shape[0]
         pictures = visual_batch(taught, terms, chat.visual_id, vocabulary, terms.visual_kl * sample_scale)
-        return TaughtBatch(answers, pictures.to(device), sample_scale)
+        return batch._replace(pictures=pictures.to(device))
 
     def _taught(self, share: Numbers) -> list[TaughtRow]:
         rows = [self._rows[number] for number in share]
         return self._side.of(rows) if self._terms.of_teacher else [TaughtRow(row, None) for row in rows]
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
-        ce, kl, visual_kl, relation, attention, ce_positions, kl_positions, positions, samples = sums
+        ce, kl, visual_kl, relation, attention, retrieval, ce_positions, kl_positions, positions, samples, asked = sums
         terms = self._terms
         means = {
             "cross_entropy": (terms.cross_entropy, ce, ce_positions),
@@ -132,6 +156,7 @@ class ResponseObjective:
             "visual_kl": (terms.visual_kl, visual_kl, positions),
             "relation": (terms.relation, relation, samples),
             "attention": (terms.attention, attention, samples),
+            "retrieval": (terms.retrieval, retrieval, asked),
         }
         return {name: total / count for name, (weight, total, count) in means.items() if weight and count}
 

@@ -7,7 +7,7 @@ starts, so that a bad store is refused before any worker runs.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,14 @@ class Row(Protocol):
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
+class Asked(NamedTuple):
+    """Where the words of a question stand in a row, [start, end), and the frames that its answer follows from."""
+
+    start: int
+    end: int
+    frames: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class TrainingRow:
     """One conversation to learn from.
@@ -44,7 +52,7 @@ class TrainingRow:
     `positions_n` are the positions of the answers' tokens in `input_ids`, the hidden state one earlier predicts each.
     `is_truth_n` marks tokens of answers that are ground truth (cross-entropy counts only those); `targets` are the
     teacher's distributions at the same n positions, None where there is no teacher. `starts` is where each of
-    several independent questions begins, empty for a conversation.
+    several independent questions begins, empty for a conversation. `asked` are those of them whose evidence is known.
     """
 
     id: str
@@ -54,6 +62,7 @@ class TrainingRow:
     is_truth_n: npt.NDArray[np.bool_]
     targets: SparseTargets | None = None
     starts: tuple[int, ...] = ()
+    asked: tuple[Asked, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -63,7 +72,7 @@ class TrainingRow:
         return self.input_ids[self.positions_n]
 
 
-def lesson(rows: Sequence[AnyRow], stage: StageConfig, seed: int) -> list[AnyRow]:
+def chosen_rows(rows: Sequence[AnyRow], stage: StageConfig, seed: int) -> list[AnyRow]:
     """The rows that a stage learns from, in order: short enough ones, of a seeded share of the pictures, at least one.
 
     Raises `ConfigError` where all rows are longer than the stage's `most_tokens`.
@@ -100,8 +109,10 @@ class RowMaker:
                 encoded = self._chat_of(sample.independent, sample.turns, self.visual_tokens(len(sample.frames)))
                 positions_n = encoded.response_positions_n.astype(np.int32)
                 ids, truth_n = np.asarray(encoded.input_ids, np.int32), np.ones(len(positions_n), np.bool_)
-                hashed = sample.content_hash
-                rows.append(TrainingRow(sample.id, hashed, ids, positions_n, truth_n, starts=encoded.starts))
+                starts, asked = encoded.starts, self._asked(sample, encoded.starts, ids)
+                rows.append(
+                    TrainingRow(sample.id, sample.content_hash, ids, positions_n, truth_n, starts=starts, asked=asked)
+                )
         return rows
 
     def _chat_of(self, independent: bool, turns: Sequence[Turn], visual_tokens: int) -> EncodedChat:
@@ -139,7 +150,27 @@ class RowMaker:
             raise misfit(sample.id, "the student cuts its answers into other tokens", "use the teacher's tokenizer")
         self._check_targets(sample.id, signal.targets, len(positions_n))
         truth_n = np.repeat(~np.asarray(signal.answered_by_teacher), signal.answer_lengths)
-        return TrainingRow(sample.id, signal.content_hash, ids, positions_n, truth_n, signal.targets, starts)
+        asked = self._asked(sample, starts, ids)
+        return TrainingRow(sample.id, signal.content_hash, ids, positions_n, truth_n, signal.targets, starts, asked)
+
+    def _asked(self, sample: Sample, starts: Sequence[int], ids: npt.NDArray[np.int32]) -> tuple[Asked, ...]:
+        """The questions that only some frames answer.
+
+        Their words are those that retrieval takes from a stream's prompt, which is what follows the clip here.
+        """
+        found: list[Asked] = []
+        for start, turn in zip(starts, sample.turns, strict=True) if starts else ():
+            if 0 < len(turn.evidence) < len(sample.frames):
+                prompt = self.chat.frames_prompt(turn.question)
+                words = prompt.question
+                if ids[start : start + words.stop].tolist() != prompt.after_ids[: words.stop]:
+                    raise misfit(
+                        sample.id,
+                        f"'{turn.question}' is cut into other tokens behind a clip than in a stream's prompt",
+                        "leave terms.retrieval out, or use another chat template",
+                    )
+                found.append(Asked(start + words.start, start + words.stop, turn.evidence))
+        return tuple(found)
 
     def _encode(
         self, sample: Sample, signal: TeacherSignal, answers: Sequence[npt.NDArray[np.int32]], visual_tokens: int

@@ -21,6 +21,7 @@ def describe_machine() -> str:
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}")
     parts.append(f"Python {platform.python_version()}")
+    # The library alone, without Ray, is a whole installation.
     parts += [f"{name} {version(name)}" for name in ("torch", "transformers", "ray") if find_spec(name)]
     return ", ".join(parts)
 

@@ -35,7 +35,7 @@ FAR_READERS = 8
 @dataclass(frozen=True)
 class MemoryBudget:
     """`ram_bytes` covers the index, blocks on their way to the disk, cached rows, and a sixteenth for rows that are
-    just being read or gathered; the newest `recent_blocks` stay as far as there is room."""
+    read or gathered; the newest `recent_blocks` stay as far as they fit. `device_bytes` are the accelerator's."""
 
     ram_bytes: int
     device_bytes: int = 0
@@ -241,8 +241,8 @@ class TieredBank:
     def _check_memory(self, page_format: PageFormat) -> None:
         if self._cache_rows(page_format) < page_format.layers:
             raise StreamError(
-                f"{self._memory.ram_bytes} bytes of main memory have no room beside the index of {len(self)} blocks "
-                f"for two pages of {page_format.page_bytes}: give the stream more, or close it."
+                f"{self._memory.ram_bytes} bytes of main memory, a sixteenth kept free, have no room beside the index "
+                f"of {len(self)} blocks for two pages of {page_format.page_bytes}: give the stream more, or close it."
             )
 
     def _take_as_newest(self, head: BlockHead) -> None:

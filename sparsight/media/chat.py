@@ -211,6 +211,11 @@ class ChatEncoder:
         with and without them. How many fit beside the clip is the caller's to know. Raises `DataError` for an earlier
         turn without an answer.
         """
+        if earlier:
+            return self._frames_prompt(question, earlier)
+        return self._once(("frames", question), lambda: self._frames_prompt(question))
+
+    def _frames_prompt(self, question: str, earlier: Sequence[Turn] = ()) -> FramesPrompt:
         question = self.plain(question).strip()
         texts = [self.plain(text).strip() for turn in earlier for text in (turn.question, _answer_of(turn))]
         messages = _messages([*texts, TEXT_MARK], clip=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from sparsight.errors import DataError
 from sparsight.media.chat import ChatEncoder
 from sparsight.media.images import decode
-from sparsight.records import Quarantined, Sample, SparseTargets, TeacherSignal, Turn, hash_response
+from sparsight.records import Quarantined, Sample, SparseTargets, TeacherSignal, hash_response
 from sparsight.teacher.protocol import SignalSettings
 from sparsight.teacher.targets import cut, tail_uniforms, targets_of_hidden
 from sparsight.teacher.visual import TeacherForward, VisualTeacher
@@ -191,9 +191,7 @@ def _answered(
     withheld = [rows[index] for index in open_places]
     answers = model.answer(withheld, [seen[index] for index in open_places], settings.label.max_answer_tokens)
     for index, row, texts in zip(open_places, withheld, answers, strict=True):
-        turns = tuple(
-            Turn(turn.question, text, turn.answer_type) for turn, text in zip(row.sample.turns, texts, strict=True)
-        )
+        turns = tuple(replace(turn, answer=text) for turn, text in zip(row.sample.turns, texts, strict=True))
         rows[index] = replace(row, sample=replace(row.sample, turns=turns))
     return rows
 

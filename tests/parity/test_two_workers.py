@@ -14,6 +14,7 @@ from sparsight.distill.loop import StageTrainer
 from sparsight.distill.preference import kto_baselines, preference
 from sparsight.stages import PreferenceConfig, TermsConfig
 from tests.parity.preference_case import pair_trainer, ratios, stage
+from tests.parity.streams_case import clips_trainer
 from tests.parity.text_only_case import MIXED, mixed_trainer, text_alone
 from tests.parity.training_case import trainer, weights
 
@@ -24,6 +25,7 @@ CASES: dict[str, Callable[[], StageTrainer]] = {
     "answers": trainer,
     "answers, some without pictures": mixed_trainer,
     "pictures, some without": lambda: mixed_trainer(PICTURES),
+    "clips, some with questions whose evidence is known": clips_trainer,
     "pairs, teacher as reference": lambda: pair_trainer(stage("kto_pair", "teacher")),
     "pairs, student as reference": lambda: pair_trainer(stage("kto_pair", "student")),
 }

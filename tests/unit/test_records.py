@@ -56,7 +56,10 @@ def test_conversation_is_in_llava_form() -> None:
 
 def test_withheld_answers_change_nothing_else() -> None:
     full = sample("yes", "no")
+    full = replace(full, turns=tuple(replace(turn, evidence=(0,)) for turn in full.turns))
+    assert Sample.from_row(full.to_row()) == full
     bare = full.without_answers()
+    assert [turn.evidence for turn in bare.turns] == [(), ()], "it would give the answer away"
     assert full.has_ground_truth
     assert not bare.has_ground_truth
     assert [turn.answer for turn in bare.turns] == [None, None]

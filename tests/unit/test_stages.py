@@ -25,6 +25,7 @@ MIMIC: dict[str, Any] = {"name": "mimic", "terms": {"forward_kl": 1.0}, "steps":
         ({**PAIRS, "rows": "all"}, r"terms\.preference learns from pairs of answers: set rows: pairs"),
         ({**PAIRS, "preference": None}, r"give preference: \{loss: kto_pair\}"),
         ({**PAIRS, "terms": {"preference": 1.0, "forward_kl": 1.0}}, "no teacher targets"),
+        ({**PAIRS, "terms": {"preference": 1.0, "retrieval": 1.0}}, r"pairs do not say .* leave terms\.retrieval out"),
         ({**MIMIC, "preference": {}}, "preference settings are for rows: pairs"),
         ({**PAIRS, "preference": {"label_smoothing": 0.1}}, "label_smoothing is a setting of the loss 'dpo'"),
         ({**PAIRS, "preference": {"beta": 0.0}}, "greater than 0"),

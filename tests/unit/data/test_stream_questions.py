@@ -117,7 +117,9 @@ def test_every_answer_about_a_clip_is_exact() -> None:
     for sample in CLIPS:
         frames = clip_frames(sample)
         for turn in sample.turns:
-            assert turn.answer == worked_out(turn.question, frames)[0], (turn, frames)
+            answer, evidence = worked_out(turn.question, frames)
+            assert turn.answer == answer, (turn, frames)
+            assert set(turn.evidence) == (evidence if turn.answer_type.startswith("past_") else set()), (turn, frames)
 
 
 def clip_frames(sample: Sample) -> Frames:

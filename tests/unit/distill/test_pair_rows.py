@@ -7,7 +7,7 @@ import pytest
 
 from sparsight.config import StageConfig, TermsConfig
 from sparsight.distill.pair_rows import PairRowMaker
-from sparsight.distill.rows import lesson
+from sparsight.distill.rows import chosen_rows
 from sparsight.errors import AlignmentError
 from sparsight.model.vision_language import VisionLanguageModel
 from sparsight.records import PreferencePair, Turn, hash_answers
@@ -105,6 +105,6 @@ def test_another_tokenizer_is_refused(maker: PairRowMaker) -> None:
 def test_a_share_is_of_pictures(maker: PairRowMaker, pair: PreferencePair) -> None:
     row = maker.align(pair)
     rows = [replace(row, id=f"{index}", content_hash=f"{index % 4}") for index in range(12)]
-    kept = lesson(rows, StageConfig(name="some", terms=TermsConfig(cross_entropy=1.0), steps=1, share=0.5), seed=0)
+    kept = chosen_rows(rows, StageConfig(name="some", terms=TermsConfig(cross_entropy=1.0), steps=1, share=0.5), seed=0)
     assert len(kept) == 6
     assert len({one.content_hash for one in kept}) == 2

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from sparsight.config import StageConfig, TermsConfig
-from sparsight.distill.rows import RowMaker, lesson
+from sparsight.distill.rows import RowMaker, chosen_rows
 from sparsight.errors import AlignmentError, ConfigError
 from sparsight.records import Sample, TeacherSignal, Turn, hash_response
+from tests.unit.distill.conftest import QUESTIONS, signal_for
 
 MakeSignal = Callable[[Sample, Sequence[str]], TeacherSignal]
 
@@ -116,9 +117,33 @@ def test_a_stage_of_short_rows_learns_from_no_longer_one(
     row = maker.align(sample, make_signal(sample, ANSWERS))
     rows = [replace(row, id=f"{cut}", content_hash=f"{cut}", input_ids=row.input_ids[cut:]) for cut in range(4)]
     stage = StageConfig(name="short", terms=TermsConfig(cross_entropy=1.0), steps=1, most_tokens=len(row) - 2)
-    assert [one.id for one in lesson(rows, stage, seed=0)] == ["2", "3"]
+    assert [one.id for one in chosen_rows(rows, stage, seed=0)] == ["2", "3"]
     whole = stage.model_copy(update={"most_tokens": None})
-    assert lesson(rows, whole, seed=0) == rows
+    assert chosen_rows(rows, whole, seed=0) == rows
     none = stage.model_copy(update={"most_tokens": len(row) - 4})
     with pytest.raises(ConfigError, match=f"stage 'short': no row has at most {len(row) - 4} tokens, the shortest"):
-        lesson(rows, none, seed=0)
+        chosen_rows(rows, none, seed=0)
+
+
+def test_a_row_knows_the_words_of_questions_that_some_of_its_frames_answer(maker: RowMaker) -> None:
+    turns = (
+        Turn(QUESTIONS[0], "circle", evidence=(0, 1)),
+        Turn(QUESTIONS[1], "yes", evidence=(1,)),
+        Turn(QUESTIONS[2], "red"),
+    )
+    clip = Sample("clip/1", (b"one", b"two"), turns, "test", (0.0, 1.0), independent=True)
+    [row] = maker.answered([clip])
+    [asked] = row.asked
+    assert asked.frames == (1,)
+    assert maker.chat.decode(row.input_ids[asked.start : asked.end].tolist()) == QUESTIONS[1]
+    assert maker.answered([replace(clip, independent=False)])[0].asked == ()
+
+
+def test_the_words_are_found_behind_answers_that_the_teacher_wrote(maker: RowMaker) -> None:
+    turns = (Turn(QUESTIONS[0], None), Turn(QUESTIONS[2], "red", evidence=(0,)))
+    clip = Sample("clip/1", (b"one", b"two"), turns, "test", (0.0, 1.0), independent=True)
+    answered = replace(clip, turns=(Turn(QUESTIONS[0], "yes red circle"), turns[1]))
+    signal = signal_for(maker, answered, ANSWERS[:2])
+    row = maker.align(clip, replace(signal, answered_by_teacher=(True, False)))
+    [asked] = row.asked
+    assert maker.chat.decode(row.input_ids[asked.start : asked.end].tolist()) == QUESTIONS[2]

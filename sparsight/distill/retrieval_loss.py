@@ -1,0 +1,79 @@
+"""Learning to be found: each layer's queries are to score the frames that hold a question's evidence above the others.
+
+Retrieval from a stream compares the mean query of a question's words with the mean key of each frame, layer by layer
+and before rotation (ReKV, arXiv 2503.00540, section 3.2). A large language model's heads do well at that untaught; a
+small one learns it here, by the same score, from clips whose evidence is known: a cross-entropy over the clip's frames
+(InfoNCE, arXiv 1807.03748), in which any frame of the evidence is right. The score's other writing is
+`kv.retrieve.score_blocks`. Used by the response step.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sparsight.distill.rows import TrainingRow
+from sparsight.model.projections import ProjectionTrace
+
+TEMPERATURE = 0.05
+"""A cosine this much larger makes a frame e times as likely."""
+
+
+class AskedClip(NamedTuple):
+    """A row of a batch with Q questions about the F frames of its clip, which begin at position `first`.
+
+    `spans` are the [start, end) of each question's words, `evidence_QF` (boolean) the frames that it follows from.
+    """
+
+    row: int
+    first: int
+    spans: Sequence[tuple[int, int]]
+    evidence_QF: torch.Tensor
+
+
+def asked_clips(rows: Sequence[TrainingRow], visual_id: int, frame_tokens: int) -> list[AskedClip]:
+    """The rows that have questions whose evidence is known."""
+    clips: list[AskedClip] = []
+    for number, row in enumerate(rows):
+        if not row.asked:
+            continue
+        visual_N = np.flatnonzero(row.input_ids == visual_id)
+        evidence_QF = torch.zeros(len(row.asked), (len(visual_N) - 1) // frame_tokens, dtype=torch.bool)
+        for question, asked in enumerate(row.asked):
+            evidence_QF[question, list(asked.frames)] = True
+        spans = [(asked.start, asked.end) for asked in row.asked]
+        clips.append(AskedClip(number, int(visual_N[0]), spans, evidence_QF))
+    return clips
+
+
+def retrieval_sum(trace: ProjectionTrace, clips: Sequence[AskedClip], frame_tokens: int) -> torch.Tensor:
+    """The retrieval loss of all questions, added up; of one question the mean over layers. There is a clip at least."""
+    losses = [
+        question_losses(trace.queries[layer][clip.row], trace.keys[layer][clip.row], clip, frame_tokens).sum()
+        for layer in trace.queries
+        for clip in clips
+    ]
+    return torch.stack(losses).sum() / len(trace.queries)
+
+
+def question_losses(
+    queries_THC: torch.Tensor, keys_TGC: torch.Tensor, clip: AskedClip, frame_tokens: int
+) -> torch.Tensor:
+    """Minus the log of the share [Q] that the frames of the evidence have, in one layer."""
+    means_QHC = torch.stack([queries_THC[start:end].float().mean(dim=0) for start, end in clip.spans])
+    end = clip.first + clip.evidence_QF.shape[1] * frame_tokens
+    mean_keys_FGC = keys_TGC[clip.first : end].float().unflatten(0, (-1, frame_tokens)).mean(dim=1)
+    shares_QF = (frame_scores(means_QHC, mean_keys_FGC) / TEMPERATURE).log_softmax(dim=1)
+    absent_QF = ~clip.evidence_QF.to(shares_QF.device)
+    return -shares_QF.masked_fill(absent_QF, -torch.inf).logsumexp(dim=1)
+
+
+def frame_scores(means_QHC: torch.Tensor, mean_keys_FGC: torch.Tensor) -> torch.Tensor:
+    """Cosines [Q, F] of mean queries, heads laid end to end, and mean keys, repeated for the queries of a group."""
+    group = means_QHC.shape[1] // mean_keys_FGC.shape[1]
+    summed_QGC = means_QHC.unflatten(1, (-1, group)).sum(dim=2)
+    norms_Q1 = means_QHC.flatten(1).norm(dim=1, keepdim=True) * group**0.5
+    norms_F = mean_keys_FGC.flatten(1).norm(dim=1)
+    tiniest = torch.finfo(norms_F.dtype).tiny
+    return summed_QGC.flatten(1) @ mean_keys_FGC.flatten(1).T / (norms_Q1 * norms_F).clamp_min(tiniest)
