@@ -92,6 +92,8 @@ class StreamsSource(Slice):
     """Held-out clips to draw, from another seed."""
     clip_frames: list[Annotated[int, Field(ge=1)]] = Field(default=[*range(1, 17)], min_length=1)
     """Lengths of the clips in frames, taken in turn."""
+    clip_colours: list[Annotated[int, Field(ge=4, le=8)]] = Field(default=[8], min_length=1)
+    """Colours of the shapes of a clip, taken in turn: where they are few, frames are easily mistaken for each other."""
     clip_frames_per_second: float = Field(default=0.25, gt=0.0)
     """Sampling rate of the clips: lower than that of streams, so that a clip changes as often as retrieved frames."""
     streams: int = Field(default=0, ge=0)

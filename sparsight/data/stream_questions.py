@@ -99,7 +99,8 @@ def _single(names: Collection[str], word: int) -> list[list[str]]:
 
 
 def _past_ever(seen: Seen, later: Collection[str], first: bool, random: Random) -> Draft | None:
-    """Every other 'no' names something that comes later, where something does."""
+    """Every other 'no' names something that comes later, where something does, and every other of the rest something
+    whose colour and shape were there, in others."""
     gone = [name for name in seen.few if name not in seen.now]
     if not gone or not seen.never:
         return None
@@ -107,7 +108,11 @@ def _past_ever(seen: Seen, later: Collection[str], first: bool, random: Random) 
         name = random.choice(gone)
         return Draft(f"was there ever a {name}?", "yes", tuple(seen.times[name]))
     coming = [name for name in seen.never if name in later]
-    name = random.choice(coming if coming and random.random() < 0.5 else seen.never)
+    if coming and random.random() < 0.5:
+        return Draft(f"was there ever a {random.choice(coming)}?", "no", ())
+    words = {word for names in seen.scenes for name in names for word in name.split()}
+    near = [name for name in seen.never if words.issuperset(name.split())]
+    name = random.choice(near if near and random.random() < 0.5 else seen.never)
     return Draft(f"was there ever a {name}?", "no", ())
 
 
@@ -193,16 +198,18 @@ def clip_samples(
 ) -> Iterator[Sample]:
     """The clips of a split with questions asked after their last frame. Same arguments, same bytes.
 
-    Their lengths are those of `source.clip_frames`, in turn. Clips whose content hash is in `exclude` are left out, and
-    others drawn.
+    Their lengths are those of `source.clip_frames`, in turn; each time round, their shapes are of the next number of
+    colours in `source.clip_colours`. Clips whose content hash is in `exclude` are left out, and others drawn.
     """
     wanted = {"train": source.clips, "test": source.test_clips}[split]
     made = 0
     for number in count():
         if made == wanted:
             return
-        frames = source.clip_frames[number % len(source.clip_frames)]
-        recipe = _recipe(source, f"{split}_clips", seed, number, frames, source.clip_frames_per_second)
+        turn, length = divmod(number, len(source.clip_frames))
+        frames, rate = source.clip_frames[length], source.clip_frames_per_second
+        colours = source.clip_colours[turn % len(source.clip_colours)]
+        recipe = _recipe(source, f"{split}_clips", seed, number, frames, rate, colours)
         shown = list(frames_of(recipe))
         pictures = tuple(encode_png(frame.picture) for frame in shown)
         if hash_frames(pictures) in exclude:
@@ -242,7 +249,8 @@ def retrieval_clips(source: StreamsSource, seed: int) -> Iterator[QuestionedStre
     """
     frames, rate = max(source.clip_frames), source.clip_frames_per_second
     for number in range(source.clips):
-        recipe = _recipe(source, "retrieval_clips", seed, number, frames, rate)
+        colours = source.clip_colours[number % len(source.clip_colours)]
+        recipe = _recipe(source, "retrieval_clips", seed, number, frames, rate, colours)
         name = f"{SOURCE}/retrieval/{number}"
         yield QuestionedStream(name, SOURCE, recipe, stream_questions(recipe, ROUNDS * len(TYPES), name))
 
@@ -291,10 +299,17 @@ def stream_questions(recipe: StreamRecipe, number: int, name: str) -> tuple[Stre
 
 
 def _recipe(
-    source: StreamsSource, split: str, seed: int, number: int, frames: int, frames_per_second: float
+    source: StreamsSource,
+    split: str,
+    seed: int,
+    number: int,
+    frames: int,
+    frames_per_second: float,
+    colours: int = len(COLOUR_NAMES),
 ) -> StreamRecipe:
     shortest_s, longest_s = source.scene_s
-    return StreamRecipe(split, seed, number, frames, frames_per_second, shortest_s, longest_s, source.size_pixels)
+    size_pixels = source.size_pixels
+    return StreamRecipe(split, seed, number, frames, frames_per_second, shortest_s, longest_s, size_pixels, colours)
 
 
 def _question_random(recipe: StreamRecipe) -> Random:

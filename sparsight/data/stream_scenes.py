@@ -16,7 +16,7 @@ from sparsight.data.scenes import COLOUR_NAMES, SHAPES, Scene, draw, scene_of
 from sparsight.data.streams import StreamRecipe
 from sparsight.media.video import Frame
 
-STREAM_SCENES_VERSION = 1
+STREAM_SCENES_VERSION = 2
 """Raised when the same recipe would give other frames or the same seed other questions."""
 
 Kind = tuple[str, str]
@@ -24,9 +24,11 @@ Kind = tuple[str, str]
 
 KINDS: tuple[Kind, ...] = tuple(product(SHAPES, COLOUR_NAMES))
 COMMON = 8
-"""Kinds of a stream that come any number of times."""
+"""Kinds of a stream of all colours that come any number of times; of fewer colours, a third of them, and at least so
+many that a scene can always be filled with others than the one before."""
 RARE = 12
-"""Kinds of a stream that come at most `MOST_TIMES`, some of them never; the other kinds never come."""
+"""Kinds of such a stream that come at most `MOST_TIMES`, some of them never; the other kinds never come. Of fewer
+colours, half of them, as far as two are left that never come."""
 MOST_TIMES = 3
 MOST_OBJECTS = 3
 
@@ -54,7 +56,7 @@ def shots_of(recipe: StreamRecipe) -> tuple[Shot, ...]:
     ends = [min(end, recipe.frames) for end in firsts[1:]]
     return tuple(
         Shot(scene_of(kinds, recipe.size_pixels, random), first, end)
-        for kinds, first, end in zip(_cast(len(ends), random), firsts, ends, strict=False)
+        for kinds, first, end in zip(_cast(len(ends), recipe.colours, random), firsts, ends, strict=False)
     )
 
 
@@ -66,10 +68,14 @@ def frames_of(recipe: StreamRecipe) -> Iterator[Frame]:
             yield Frame(recipe.time_s(frame), picture.copy())
 
 
-def _cast(scenes: int, random: Random) -> list[list[Kind]]:
+def _cast(scenes: int, colours: int, random: Random) -> list[list[Kind]]:
     """Which kinds are in each scene."""
     kinds = random.sample(KINDS, len(KINDS))
-    common, rare = kinds[:COMMON], kinds[COMMON : COMMON + RARE]
+    if colours < len(COLOUR_NAMES):
+        chosen_colours = random.sample(COLOUR_NAMES, colours)
+        kinds = [kind for kind in kinds if kind[1] in chosen_colours]
+    many = max(2 * MOST_OBJECTS, len(kinds) * COMMON // len(KINDS))
+    common, rare = kinds[:many], kinds[many : min(many + len(kinds) * RARE // len(KINDS), len(kinds) - 2)]
     left = {kind: random.randint(1, MOST_TIMES) for kind in rare}
     share = min(0.5, sum(left.values()) / (scenes * (1 + MOST_OBJECTS) / 2))  # spreads them over the whole stream
     seen: set[Kind] = set()

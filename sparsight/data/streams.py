@@ -12,9 +12,10 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from sparsight.data.samples import parquet_bytes, read_table
+from sparsight.data.scenes import COLOUR_NAMES
 from sparsight.storage import Storage
 
-STREAMS_VERSION = 1
+STREAMS_VERSION = 2
 STREAMS = "streams.parquet"
 
 
@@ -23,7 +24,8 @@ class StreamRecipe:
     """All that a drawn stream is made of: equal recipes give equal scenes and frames on any machine.
 
     Frame f of `frames` is shown from f / `frames_per_second` seconds on. A scene lasts from `shortest_scene_s` to
-    `longest_scene_s`, in whole frames. `split` and `number` tell the streams of a seed apart.
+    `longest_scene_s`, in whole frames. Its shapes are of `colours` colours. `split` and `number` tell the streams of a
+    seed apart.
     """
 
     split: str
@@ -34,6 +36,7 @@ class StreamRecipe:
     shortest_scene_s: float
     longest_scene_s: float
     size_pixels: int
+    colours: int = len(COLOUR_NAMES)
 
     @property
     def seconds(self) -> float:
@@ -107,6 +110,7 @@ _RECIPE = pa.struct(
         ("shortest_scene_s", pa.float64()),
         ("longest_scene_s", pa.float64()),
         ("size_pixels", pa.int64()),
+        ("colours", pa.int64()),
     ]
 )
 

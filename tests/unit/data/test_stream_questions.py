@@ -18,7 +18,13 @@ from sparsight.media.images import decode, encode_png
 from sparsight.records import Sample
 
 SOURCE = StreamsSource(
-    kind="streams", clips=150, test_clips=60, streams=8, lengths_s=[30.0, 300.0, 1800.0], questions=45
+    kind="streams",
+    clips=150,
+    test_clips=60,
+    clip_colours=[8, 4],
+    streams=8,
+    lengths_s=[30.0, 300.0, 1800.0],
+    questions=45,
 )
 CLIPS = list(clip_samples(SOURCE, "train", 3, 100))
 STREAMS = list(long_streams(SOURCE, "test", 3))
@@ -126,7 +132,8 @@ def clip_frames(sample: Sample) -> Frames:
     """The names in each frame of a training clip, by way of the recipe with the same pictures."""
     number = int(sample.id.split("/")[2])
     frames = len(sample.frames)
-    recipe = StreamRecipe("train_clips", 3, number, frames, SOURCE.clip_frames_per_second, 4.0, 12.0, 64)
+    colours = SOURCE.clip_colours[number // len(SOURCE.clip_frames) % 2]
+    recipe = StreamRecipe("train_clips", 3, number, frames, SOURCE.clip_frames_per_second, 4.0, 12.0, 64, colours)
     names = shown(recipe, frames - 1)
     same_pictures = [one == other for one, other in pairwise(sample.frames)]
     assert same_pictures == [one == other for one, other in pairwise(names)]

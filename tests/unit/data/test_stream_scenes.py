@@ -96,3 +96,13 @@ def test_an_hour_is_not_kept_in_memory() -> None:
         return found
 
     assert peak(1500) < peak(30) + 200_000
+
+
+def test_few_colours_make_scenes_that_are_easily_mistaken() -> None:
+    for number in range(20):
+        recipe = replace(CLIP, number=number, frames=200, colours=4)
+        scenes = [shot.names for shot in shots_of(recipe)]
+        shown = frozenset[str]().union(*scenes)
+        assert len({name.split()[0] for name in shown}) == 4
+        assert len(shown) <= 10, "of twelve kinds two never come"
+        assert not any(one & other for one, other in pairwise(scenes))
