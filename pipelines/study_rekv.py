@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from sparsight.evaluate.reproduction import Comparison, Headline, Row, Study
 
 METHODS = ("internal", "external", "uniform", "recent", "full", "oracle")
-LENGTHS = ("60s", "600s", "3600s")
+LENGTHS = ("120s", "600s", "3600s")
 PAST_TYPES = ("ever", "order", "times", "before_shape", "before_colour")
 NOW_TYPES = ("existence", "count", "colour", "shape")
 DRAWN = tuple(f"student/{method}" for method in METHODS)
@@ -112,7 +112,7 @@ COMPARISONS = (
 
 INTRODUCTION = """\
 ReKV's comparisons at the size of one machine: every seed draws its own clips and streams, makes its own teacher and
-students from short clips, and asks them about streams of a minute, ten minutes and an hour that no model has learned
+students from short clips, and asks them about streams of two minutes, ten minutes and an hour that no model has learned
 from (StreamQA, docs/protocol.md). Past questions are about what was there before, now questions about what is on. All
 methods but full attention see the same number of frames. Models of this size do not retrieve untaught: teacher and
 students have learned, from clips, that their layers' queries find the frames that an answer follows from

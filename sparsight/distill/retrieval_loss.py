@@ -2,9 +2,9 @@
 
 Retrieval from a stream compares the mean query of a question's words with the mean key of each frame, layer by layer
 and before rotation (ReKV, arXiv 2503.00540, section 3.2). A large language model's heads do well at that untaught; a
-small one learns it here, by the same score, from clips whose evidence is known: a contrastive loss over the clip's
-frames with several right ones (SupCon, arXiv 2004.11362, equation 2), because an answer needs all of its evidence. The
-score's other writing is `kv.retrieve.score_blocks`. Used by the response step.
+small one learns it here, by the same score, from clips whose evidence is known: a cross-entropy over the clip's frames
+(InfoNCE, arXiv 1807.03748), in which any frame of the evidence is right. The score's other writing is
+`kv.retrieve.score_blocks`. Used by the response step.
 """
 
 from collections.abc import Sequence
@@ -60,14 +60,13 @@ def retrieval_sum(trace: ProjectionTrace, clips: Sequence[AskedClip], frame_toke
 def question_losses(
     queries_THC: torch.Tensor, keys_TGC: torch.Tensor, clip: AskedClip, frame_tokens: int
 ) -> torch.Tensor:
-    """KL [Q] from equal shares for the frames of the evidence to what their scores in one layer give them."""
+    """Minus the log of the share [Q] that the frames of the evidence have, in one layer."""
     means_QHC = torch.stack([queries_THC[start:end].float().mean(dim=0) for start, end in clip.spans])
     end = clip.first + clip.evidence_QF.shape[1] * frame_tokens
     mean_keys_FGC = keys_TGC[clip.first : end].float().unflatten(0, (-1, frame_tokens)).mean(dim=1)
     shares_QF = (frame_scores(means_QHC, mean_keys_FGC) / TEMPERATURE).log_softmax(dim=1)
-    evidence_QF = clip.evidence_QF.to(shares_QF.device)
-    found_Q = evidence_QF.sum(dim=1)
-    return -(shares_QF * evidence_QF).sum(dim=1) / found_Q - found_Q.log()
+    absent_QF = ~clip.evidence_QF.to(shares_QF.device)
+    return -shares_QF.masked_fill(absent_QF, -torch.inf).logsumexp(dim=1)
 
 
 def frame_scores(means_QHC: torch.Tensor, mean_keys_FGC: torch.Tensor) -> torch.Tensor:
