@@ -81,8 +81,8 @@ COMPARISONS = (
     _student(
         "past_groups",
         "groups of 4 neighbours than single frames",
-        "groups",
         "internal",
+        "single",
         "past",
         "worse on MLVU, as good on QAEgo4D",
     ),
