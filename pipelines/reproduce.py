@@ -99,8 +99,10 @@ def write_pages(study: Study, seeds: Sequence[Metrics], origins: Sequence[Origin
     pictures = {f"{study.name}-differences.png": ("Differences with 95 % intervals", differences(compared))}
     shown = [model for model in seeds[0] if all(metric in seeds[0][model] for metric in study.plane)]
     if shown:
-        across, up = (metric.replace("_", " ") for metric in study.plane)
-        pictures[f"{study.name}-plane.png"] = (f"Models by {across} and {up}", plane(seeds, shown, *study.plane))
+        headings = {metric: heading for metric, heading, _ in study.columns}
+        across, up = (headings[metric] for metric in study.plane)
+        drawn = plane(seeds, shown, study.plane, (across, up))
+        pictures[f"{study.name}-plane.png"] = (f"Models: {up} against {across}", drawn)
     for row in study.rows:
         pictures[f"{study.name}-{row.name}.png"] = (row.caption, side_by_side(seeds, row))
     page = Reproduction(

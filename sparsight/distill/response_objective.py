@@ -135,7 +135,7 @@ class ResponseObjective:
         answers = collate(rows, self._pictures, chat.pad_id, ce_weight, kl_weight).to(device)
         sample_scale = worker_count() / len(everything)
         questions = sum(len(self._rows[number].asked) for number in everything)
-        asked = asked_clips(rows, chat.visual_id, self._student.frame_tokens) if terms.retrieval > 0 else []
+        asked = asked_clips(rows, chat.visual_id, self._student.frame_tokens, device) if terms.retrieval > 0 else []
         batch = TaughtBatch(answers, None, sample_scale, asked, worker_count() / max(1, questions))
         if not terms.visual:
             return batch

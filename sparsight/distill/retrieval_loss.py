@@ -32,8 +32,10 @@ class AskedClip(NamedTuple):
     evidence_QF: torch.Tensor
 
 
-def asked_clips(rows: Sequence[TrainingRow], visual_id: int, frame_tokens: int) -> list[AskedClip]:
-    """The rows that have questions whose evidence is known."""
+def asked_clips(
+    rows: Sequence[TrainingRow], visual_id: int, frame_tokens: int, device: torch.device
+) -> list[AskedClip]:
+    """The rows that have questions whose evidence is known, with it on the device."""
     clips: list[AskedClip] = []
     for number, row in enumerate(rows):
         if not row.asked:
@@ -43,7 +45,7 @@ def asked_clips(rows: Sequence[TrainingRow], visual_id: int, frame_tokens: int) 
         for question, asked in enumerate(row.asked):
             evidence_QF[question, list(asked.frames)] = True
         spans = [(asked.start, asked.end) for asked in row.asked]
-        clips.append(AskedClip(number, int(visual_N[0]), spans, evidence_QF))
+        clips.append(AskedClip(number, int(visual_N[0]), spans, evidence_QF.to(device)))
     return clips
 
 
@@ -65,7 +67,7 @@ def question_losses(
     end = clip.first + clip.evidence_QF.shape[1] * frame_tokens
     mean_keys_FGC = keys_TGC[clip.first : end].float().unflatten(0, (-1, frame_tokens)).mean(dim=1)
     shares_QF = (frame_scores(means_QHC, mean_keys_FGC) / TEMPERATURE).log_softmax(dim=1)
-    absent_QF = ~clip.evidence_QF.to(shares_QF.device)
+    absent_QF = ~clip.evidence_QF
     return -shares_QF.masked_fill(absent_QF, -torch.inf).logsumexp(dim=1)
 
 

@@ -42,8 +42,11 @@ def _label(entry: Compared) -> str:
     return f"{it.title}\n{it.metric.replace('_', ' ')}, {better}"
 
 
-def plane(seeds: Sequence[Metrics], models: Sequence[str], across: str, up: str) -> bytes:
+def plane(
+    seeds: Sequence[Metrics], models: Sequence[str], metrics: tuple[str, str], headings: tuple[str, str]
+) -> bytes:
     """Every model in the plane of two metrics: seeds as dots, their mean with the name; colour and form tell who."""
+    across, up = metrics
     figure = Figure(figsize=(WIDTH_IN, max(4.2, 0.7 + 0.21 * len(models))), dpi=DPI, layout="constrained")
     axes: Any = figure.subplots()
     for index, model in enumerate(models):
@@ -53,8 +56,8 @@ def plane(seeds: Sequence[Metrics], models: Sequence[str], across: str, up: str)
         middle = sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
         form = FORMS[index // len(COLOURS) % len(FORMS)]
         axes.plot(*middle, form, color=colour, markersize=8, markeredgecolor="white", linestyle="", label=model)
-    axes.set_xlabel(across.replace("_", " "))
-    axes.set_ylabel(up.replace("_", " "))
+    axes.set_xlabel(headings[0])
+    axes.set_ylabel(headings[1])
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     for side in ("top", "right"):

@@ -4,7 +4,7 @@ These are the tensors that retrieval from a stream works with (`sparsight.kv`), 
 training. Where a family norms queries and keys by head, they are taken after that. Used by the retrieval term.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsight.model.hooks import watched
 from sparsight.model.vision_language import VisionLanguageModel
 
 
@@ -27,27 +28,21 @@ class ProjectionTrace:
 def trace_projections(model: VisionLanguageModel) -> Generator[ProjectionTrace]:
     """Collects every text layer's queries and keys while the context is open; each forward replaces the one before."""
     trace = ProjectionTrace()
-    handles: list[Any] = []
+    watchers: list[tuple[nn.Module, Callable[[Any], None]]] = []
     layers: Any = model.text_model.layers
     for layer, block in enumerate(layers):
         attention: Any = block.self_attn
         for kept, name in ((trace.queries, "q"), (trace.keys, "k")):
             module: nn.Module = getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
-            width: int = attention.head_dim
-
-            def keep(
-                module: nn.Module,
-                inputs: Any,
-                output: torch.Tensor,
-                layer: int = layer,
-                kept: dict[int, torch.Tensor] = kept,
-                width: int = width,
-            ) -> None:
-                kept[layer] = output.reshape(*output.shape[:2], -1, width)
-
-            handles.append(module.register_forward_hook(keep))
-    try:
+            watchers.append((module, _keep(kept, layer, attention.head_dim)))
+    with watched(watchers):
         yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _keep(kept: dict[int, torch.Tensor], layer: int, width: int) -> Callable[[torch.Tensor], None]:
+    """Puts a layer's output [B, T, …] into `kept`, as heads of this width."""
+
+    def watch(output: torch.Tensor) -> None:
+        kept[layer] = output.reshape(*output.shape[:2], -1, width)
+
+    return watch

@@ -6,7 +6,7 @@ routers' words (balance loss, telemetry) is decided by the callers.
 """
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsight.model.hooks import watched
 from sparsight.model.vision_language import VisionLanguageModel
 
 
@@ -40,18 +41,15 @@ class RouterTrace:
 def trace_routers(model: VisionLanguageModel) -> Generator[RouterTrace]:
     """Collects what every router says while the context is open; each forward replaces the one before."""
     trace = RouterTrace()
-    handles: list[Any] = []
-    for layer, router in routers(model).items():
 
-        def keep(module: nn.Module, inputs: Any, outputs: Any, layer: int = layer) -> None:
-            trace.logits[layer], _, trace.chosen[layer] = outputs
+    def keep(layer: int) -> Callable[[Any], None]:
+        def watch(output: Any) -> None:
+            trace.logits[layer], _, trace.chosen[layer] = output
 
-        handles.append(router.register_forward_hook(keep))
-    try:
+        return watch
+
+    with watched((router, keep(layer)) for layer, router in routers(model).items()):
         yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def expert_load(chosen_TA: torch.Tensor, experts: int, mask_T: torch.Tensor | None = None) -> torch.Tensor:
