@@ -78,8 +78,14 @@ COMPARISONS = (
     _accuracy("stored_minus_live", "stored signals than the live teacher", "dpt_sft_dft", "dft_live"),
     # Methods.
     _accuracy("combined_minus_mod", "sparsight than LLaVA-MoD", "sparsight", "llava_mod"),
-    _accuracy("sparsight_minus_all_terms", "sparsight than all terms in all stages", "sparsight", "all_terms"),
     _accuracy("combined_minus_kd", "sparsight than LLaVA-KD", "sparsight", "dpt_sft_dft"),
+    _accuracy(
+        "sparsight_minus_experts_alone", "all of the text model than experts alone", "sparsight", "experts_alone"
+    ),
+    _accuracy(
+        "sparsight_minus_mimic_first", "answers first than mimicry of all pictures first", "sparsight", "mimic_first"
+    ),
+    _accuracy("all_terms_minus_sparsight", "distributions at pictures than none", "all_terms", "sparsight"),
     _accuracy("kd_minus_mod", "LLaVA-KD than LLaVA-MoD", "dpt_sft_dft", "llava_mod", "better, 60.3 to 59.9 (Avg7)"),
 )
 
@@ -90,7 +96,7 @@ KL at answers, KL at pictures, relations); SFT trains projector and text model o
 Answers are known for one picture in ten: PT and SFT learn from that tenth, DPT and DFT from all pictures but for `few`,
 whose stages all stay with the tenth. A text model of a few hundred thousand weights knows no language before, so
 every student starts from one that has learned to answer beside a projector that is still random. Students are dense
-but for `llava_mod`, `sparsight` and `all_terms`, whose two active experts of four have the dense students'
+but for `llava_mod`, `sparsight` and its variants, whose two active experts of four have the dense students'
 activated parameters; the methods are compared after as many steps, without preference. Made by `make reproduce-kd`;
 the protocol is in docs/protocol.md."""
 

@@ -25,7 +25,7 @@ def _stage(
     return {**values, "batch_samples": batch_samples, "learning_rate": rate, **more}
 
 
-_DENSE_GROUPS = ["projector", "text"]
+_WHOLE_TEXT = ["projector", "text"]
 _UPCYCLE = {"experts": 4, "active_experts": 2, "layers": "every_second"}
 _DPT = _stage("dpt", ["projector"], _LLAVA_KD, 256, 1e-3)
 _PREFERENCE = _stage(
@@ -42,7 +42,7 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
     # LLaVA-MoD (arXiv 2408.15881): batches and schedule of its paper, trainable sets and losses of its code.
     "llava_mod": [
         _stage("adaptor", ["projector"], {"cross_entropy": 1.0}, 512, 1e-3),
-        _stage("d2d", _DENSE_GROUPS, {"forward_kl": 1.0}, 256, 2e-5),
+        _stage("d2d", _WHOLE_TEXT, {"forward_kl": 1.0}, 256, 2e-5),
         _stage(
             "d2s",
             _SPARSE_GROUPS,
@@ -56,19 +56,19 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
     # LLaVA-KD (arXiv 2410.16236): batches, schedule and weights of its paper.
     "llava_kd": [
         _DPT,
-        _stage("sft", _DENSE_GROUPS, {"cross_entropy": 1.0}, 128, 2e-5),
-        _stage("dft", _DENSE_GROUPS, _LLAVA_KD, 128, 2e-5),
+        _stage("sft", _WHOLE_TEXT, {"cross_entropy": 1.0}, 128, 2e-5),
+        _stage("dft", _WHOLE_TEXT, _LLAVA_KD, 128, 2e-5),
     ],
-    # Both: LLaVA-MoD's stages and sparse student. LLaVA-KD's whole loss teaches the projector what the teacher sees;
-    # afterwards its relations stay, and the distributions at pictures do not (docs/decisions/0013).
+    # Both: LLaVA-KD's three stages, mimicry in each, the last on LLaVA-MoD's sparse student and without the
+    # distributions at pictures; then LLaVA-MoD's preference stage (docs/decisions/0013).
     "sparsight": [
         _DPT,
-        _stage("d2d", _DENSE_GROUPS, {"forward_kl": 1.0, "relation": 0.5}, 256, 2e-5),
+        _stage("sft", _WHOLE_TEXT, {"cross_entropy": 1.0, "forward_kl": 1.0}, 128, 2e-5),
         _stage(
             "d2s",
-            _SPARSE_GROUPS,
+            _WHOLE_TEXT,
             {"forward_kl": 1.0, "cross_entropy": 1.0, "relation": 0.5, "balance": 0.01},
-            256,
+            128,
             2e-5,
             upcycle=_UPCYCLE,
         ),

@@ -191,8 +191,7 @@ class StudentRun(Slice):
     """Take the stages of a published method, with its paper's batches and learning rates, one epoch each. `llava_mod`
     has `adaptor`, `d2d` (KL on a dense student), `d2s` (KL and cross-entropy on a sparse one) and `preference`;
     `llava_kd` has `dpt` (all terms, on the projector), `sft` (cross-entropy) and `dft` (all terms); `sparsight` has
-    `dpt`, `d2d`, `d2s` and `preference`: the first method's student, with all of the second's terms on the projector
-    and its relations afterwards."""
+    `dpt`, `sft` (with KL), `d2s` and `preference`: the second method's stages on the first's student."""
     stages: list[StageConfig] = Field(min_length=1)
     """With a preset: settings laid over the preset's stages, each naming its stage; all others stay as they are."""
 

@@ -106,16 +106,19 @@ def test_llava_kd_is_the_papers_three_stages() -> None:
     }
 
 
-def test_sparsight_is_llava_mods_student_with_llava_kds_terms() -> None:
-    mod = StudentRun.model_validate({"name": "student", "preset": "llava_mod"}).stages
-    both = StudentRun.model_validate({"name": "student", "preset": "sparsight"}).stages
-    assert [stage.name for stage in both] == ["dpt", "d2d", "d2s", "preference"]
-    assert [stage.trainable for stage in both] == [stage.trainable for stage in mod]
-    assert [stage.upcycle for stage in both] == [stage.upcycle for stage in mod]
+def test_sparsight_is_llava_kds_stages_on_llava_mods_student() -> None:
+    mod, kd, both = (
+        StudentRun.model_validate({"name": "student", "preset": preset}).stages
+        for preset in ("llava_mod", "llava_kd", "sparsight")
+    )
+    assert [stage.name for stage in both] == ["dpt", "sft", "d2s", "preference"]
+    assert both[0] == kd[0]
     assert both[3] == mod[3]
-    assert weights_of(both[0]) == WHOLE_LOSS
-    for ours, theirs in zip(both[1:3], mod[1:3], strict=True):
-        assert weights_of(ours) == weights_of(theirs) | {"relation": 0.5}
+    assert weights_of(both[1]) == weights_of(kd[1]) | {"forward_kl": 1.0}
+    assert both[1].trainable == kd[1].trainable
+    assert both[2].upcycle == mod[2].upcycle
+    assert both[2].trainable == kd[2].trainable
+    assert weights_of(both[2]) == weights_of(mod[2]) | {"relation": 0.5}
 
 
 @pytest.mark.parametrize(
