@@ -67,8 +67,8 @@ bench: $(STAMP) ## every benchmark; figures as JSON under RESULTS
 reproduce-mod: $(STAMP) ## LLaVA-MoD's comparisons over three seeds, docs/results (ARGS='--seeds 3')
 	@$(BIN)/python -m pipelines.reproduce --study llava-mod --config configs/mod.yaml --out docs/results $(ARGS)
 
-reproduce-kd: $(STAMP) ## LLaVA-KD's comparisons over three seeds, docs/results (ARGS='--seeds 3')
-	@$(BIN)/python -m pipelines.reproduce --study llava-kd --config configs/kd.yaml --out docs/results $(ARGS)
+reproduce-kd: $(STAMP) ## LLaVA-KD's comparisons over five seeds, docs/results (ARGS='--seeds 3')
+	@$(BIN)/python -m pipelines.reproduce --study llava-kd --config configs/kd.yaml --out docs/results --seeds 5 $(ARGS)
 
 reproduce-rekv: $(STAMP) ## ReKV's comparisons over three seeds, docs/results (ARGS='--seeds 3')
 	@$(BIN)/python -m pipelines.reproduce --study rekv --config configs/rekv.yaml --out docs/results $(ARGS)
