@@ -26,7 +26,10 @@ pages: nothing here depends on what an answer says.
   computing it anew would cost.
 
 Times are wall times on all cores but for encoding, which is on one; what is compared takes turns, and figures are
-medians of the rounds' ratios. Run as `python -m benchmarks.stream --json FILE`.
+medians of the rounds' ratios. With `--device cuda` the model is on the accelerator and every time lasts until that is
+idle: encoding is wall time as well, the copies of `gather_vs_memcpy` are from page-locked memory to the accelerator,
+and `near_vs_ram_gather` is the time to gather rows that the accelerator has / that main memory has. Run as
+`python -m benchmarks.stream --json FILE [--device cuda]`.
 """
 
 import argparse
@@ -95,6 +98,7 @@ class Host(NamedTuple):
 def main(argv: Sequence[str] | None = None, sizes: Sizes = REALISTIC) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--measure-ram", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -102,14 +106,15 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes = REALISTIC) -> int:
         print(measure_ram(Sizes(*arguments.measure_ram)))
         return 0
     figures = bytes_ratios(sizes) | {"ram_vs_budget": ram_vs_budget(sizes)}
+    device = torch.device(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
-        figures |= time_encoding(Path(folder), sizes)
-        figures |= time_stream(Path(folder), sizes)
+        figures |= time_encoding(Path(folder), sizes, device)
+        figures |= time_stream(Path(folder), sizes, device)
     write_result(arguments.json, figures | sizes._asdict())
     return 0
 
 
-def random_host(sizes: Sizes, layers: int) -> Host:
+def random_host(sizes: Sizes, layers: int, device: torch.device) -> Host:
     config = Qwen2Config(
         hidden_size=sizes.hidden,
         intermediate_size=sizes.intermediate,
@@ -119,7 +124,7 @@ def random_host(sizes: Sizes, layers: int) -> Host:
         vocab_size=VOCABULARY,
         max_position_embeddings=32_768,
     )
-    causal = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    causal = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().to(device)
     model = KvTextModel(causal.model)
     return Host(model, StreamAnswerer(model, causal.lm_head), encode_sink(model, torch.arange(SINK)))
 
@@ -146,20 +151,21 @@ def bytes_ratios(sizes: Sizes) -> dict[str, float]:
     }
 
 
-def time_encoding(folder: Path, sizes: Sizes) -> dict[str, float]:
+def time_encoding(folder: Path, sizes: Sizes, device: torch.device) -> dict[str, float]:
     """One frame after another into a bank, on one thread."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter  # a put ends with the page in main memory
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    host = random_host(sizes, sizes.encode_layers)
+    host = random_host(sizes, sizes.encode_layers, device)
     encoder = StreamEncoder(host.model, host.sink, window_tokens(sizes))
     ram_bytes = sizes.ram_pages * page_bytes(sizes) * sizes.encode_layers // sizes.layers
     frames_s: list[float] = []
     with TieredBank.create(folder / "encoded", host.sink, MemoryBudget(ram_bytes), DISK) as bank:
         for number in range(sizes.encode_frames):
             embeds_FSD = torch.randn(1, sizes.frame_tokens, sizes.hidden)
-            start_s = time.process_time()
+            start_s = clock()
             bank.put(encoder.encode(embeds_FSD, [(float(number), float(number + 1))])[0])
-            frames_s.append(time.process_time() - start_s)
+            frames_s.append(clock() - start_s)
     torch.set_num_threads(threads)
     tenth = (sizes.encode_frames - sizes.window_frames) // 10
     first_s = statistics.median(frames_s[sizes.window_frames + 1 :][:tenth])
@@ -170,18 +176,20 @@ def window_tokens(sizes: Sizes) -> int:
     return SINK + sizes.window_frames * sizes.frame_tokens
 
 
-def time_stream(folder: Path, sizes: Sizes) -> dict[str, float]:
+def time_stream(folder: Path, sizes: Sizes, device: torch.device) -> dict[str, float]:
     """Everything that takes the whole model, or a stream of many blocks."""
-    host = random_host(sizes, sizes.layers)
+    host = random_host(sizes, sizes.layers, device)
     memory = MemoryBudget(2 * sizes.blocks * page_bytes(sizes), recent_blocks=sizes.recent)
     lengths = {"short": sizes.blocks, "long": LONGER * sizes.blocks}
-    banks = {name: TieredBank.create(folder / name, host.sink, memory, DISK) for name in lengths}
+    banks = {name: TieredBank.create(folder / name, host.sink, memory, DISK, device=device) for name in lengths}
     for name, bank in banks.items():
         for block in random_blocks(sizes, lengths[name]):
             bank.put(block)
         bank.flush()
     figures = time_questions(host, banks, random_index(sizes), sizes)
-    figures["gather_vs_memcpy"] = gather_vs_memcpy(banks["short"], sizes)
+    figures["gather_vs_memcpy"] = gather_vs_memcpy(banks["short"], sizes, device)
+    if device.type != "cpu":
+        figures["near_vs_ram_gather"] = near_vs_ram_gather(folder / "near", banks["short"], sizes, device)
     for bank in banks.values():
         bank.close()
     figures["load_vs_recompute"] = load_vs_recompute(host, folder / "long", memory, sizes)
@@ -235,23 +243,39 @@ def ask(host: Host, bank: TieredBank, prompt_ids_T: Tensor, retriever: BestAndRe
     return Latency(times_s[0], times_s[-1])
 
 
-def gather_vs_memcpy(bank: TieredBank, sizes: Sizes) -> float:
+def gather_vs_memcpy(bank: TieredBank, sizes: Sizes, device: torch.device) -> float:
     """One question's rows, all layers; the plain copies are from as many places into memory that lies ready."""
-    chosen = [torch.randperm(len(bank))[: sizes.best].sort().values.tolist() for _ in range(sizes.layers)]
-    for layer, numbers in enumerate(chosen):
-        bank.gather(layer, numbers)  # from now on they are in RAM
-    plain = [bank.gather(layer, numbers) for layer, numbers in enumerate(chosen)]
-    ready = torch.empty_like(plain[0])
+    chosen = chosen_blocks(sizes)
+    gather_all(bank, chosen)  # from now on they are in RAM
+    plain = [bank.gather(layer, numbers).cpu() for layer, numbers in enumerate(chosen)]
+    ready = torch.empty_like(plain[0], device=device)
+    if device.type != "cpu":
+        plain = [layer_R2GSC.pin_memory() for layer_R2GSC in plain]
 
     def copy() -> None:
         for layer_R2GSC in plain:
-            ready.copy_(layer_R2GSC)
+            ready.copy_(layer_R2GSC, non_blocking=True)
 
-    def gather() -> None:
-        for layer, numbers in enumerate(chosen):
-            bank.gather(layer, numbers)
+    return median_ratio(copy, lambda: gather_all(bank, chosen), 4 * sizes.rounds)
 
-    return median_ratio(copy, gather, 4 * sizes.rounds)
+
+def near_vs_ram_gather(folder: Path, bank: TieredBank, sizes: Sizes, device: torch.device) -> float:
+    chosen, all_bytes = chosen_blocks(sizes), 2 * sizes.blocks * page_bytes(sizes)
+    memory = MemoryBudget(all_bytes, device_bytes=all_bytes, recent_blocks=sizes.recent)
+    with TieredBank.create(folder, bank.sink, memory, DISK, device=device) as near:
+        for block in random_blocks(sizes, sizes.blocks):
+            near.put(block)
+        return median_ratio(lambda: gather_all(near, chosen), lambda: gather_all(bank, chosen), 4 * sizes.rounds)
+
+
+def chosen_blocks(sizes: Sizes) -> list[list[int]]:
+    """As a question chooses them: of each layer its own, in time order."""
+    return [torch.randperm(sizes.blocks)[: sizes.best].sort().values.tolist() for _ in range(sizes.layers)]
+
+
+def gather_all(bank: TieredBank, chosen: list[list[int]]) -> None:
+    for layer, numbers in enumerate(chosen):
+        bank.gather(layer, numbers)
 
 
 def load_vs_recompute(host: Host, folder: Path, memory: MemoryBudget, sizes: Sizes) -> float:
@@ -306,9 +330,16 @@ def median_ratio(
 
 
 def seconds(action: Callable[[], object]) -> float:
+    finish_all()
     start_s = time.perf_counter()
     action()
+    finish_all()
     return time.perf_counter() - start_s
+
+
+def finish_all() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def ram_vs_budget(sizes: Sizes) -> float:

@@ -120,6 +120,11 @@ class DiskTier:
         if self._archive is not None:
             self._uploader.submit(self._archive.upload, self._folder, with_open=True).result()
 
+    def expect(self, layer: int, numbers: Sequence[int]) -> None:
+        """Let the disk work on one layer's rows of several pages at once, before they are read one by one."""
+        if len(numbers) > 1:
+            self._folder.expect(layer, numbers)
+
     def read(self, number: int, first_layer: int, rows: Sequence[Tensor]) -> str | None:
         """Fill `rows` (each [U]) with a page's rows from `first_layer` on; None, or why the page is lost.
 

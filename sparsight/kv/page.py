@@ -46,9 +46,9 @@ class PageFormat:
         """A centre and a step for each key channel and each value token."""
         return 2 * self.heads * (self.width + self.tokens)
 
-    def empty_rows(self, rows: int, device: torch.device | None = None) -> Tensor:
-        """Room for R rows: [R, U]."""
-        return torch.empty(rows, self.row_bytes, dtype=torch.uint8, device=device)
+    def empty_rows(self, rows: int, device: torch.device | None = None, page_locked: bool = False) -> Tensor:
+        """Room for R rows: [R, U]; from a page-locked one, a GPU copies at its full rate."""
+        return torch.empty(rows, self.row_bytes, dtype=torch.uint8, device=device, pin_memory=page_locked)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}

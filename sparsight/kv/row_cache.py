@@ -16,6 +16,11 @@ Key = tuple[int, int]
 """A block's number, a layer."""
 
 
+def keys_of(number: int, layers: int) -> list[Key]:
+    """Of all rows of a block's page."""
+    return [(number, layer) for layer in range(layers)]
+
+
 class RowCache:
     """At most `capacity` rows of `row_bytes` bytes on `device`."""
 

@@ -11,8 +11,9 @@ import fcntl
 import json
 import os
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -62,6 +63,7 @@ class SegmentFolder:
         self.format = page_format
         self.places: dict[int, Place] = {}
         self._segment_bytes = segment_bytes
+        self._folder_name = str(folder)
         self._lock = lock
         self._count = 0
 
@@ -114,10 +116,14 @@ class SegmentFolder:
         return self._count % self.pages_per_segment if self.format else 0
 
     def pages_path(self, segment: int) -> Path:
-        return self.folder / f"{segment:05d}.pages"
+        return Path(self._pages_name(segment))
 
     def index_path(self, segment: int) -> Path:
         return self.folder / f"{segment:05d}.index"
+
+    def _pages_name(self, segment: int) -> str:
+        """As text: a path object takes as long as reading a row."""
+        return f"{self._folder_name}/{segment:05d}.pages"
 
     def append(self, blocks: Sequence[KvBlock]) -> int:
         """Write the first of these blocks, as many as the open segment takes; returns how many. They are durable then.
@@ -144,12 +150,22 @@ class SegmentFolder:
         self._count += len(blocks)
         return len(blocks)
 
+    def expect(self, layer: int, numbers: Sequence[int]) -> None:
+        """Ask the system to start reading one layer's rows of these pages. What is not there is left to `read`."""
+        for segment, pages in groupby(numbers, lambda number: self.places[number].segment):
+            with suppress(OSError):
+                file = os.open(self._pages_name(segment), os.O_RDONLY)
+                for number in pages:
+                    start_bytes = self.offset_bytes(number, layer)
+                    os.posix_fadvise(file, start_bytes, self._known_format.row_bytes, os.POSIX_FADV_WILLNEED)
+                os.close(file)
+
     def read(self, number: int, first_layer: int, rows: Sequence[Tensor]) -> PageState:
         """Fill `rows` (each [U]) with a page's rows from `first_layer` on, and check every one."""
         segment = self.places[number].segment
         buffers = [row_U.numpy().data for row_U in rows]
         try:
-            file = os.open(self.pages_path(segment), os.O_RDONLY)
+            file = os.open(self._pages_name(segment), os.O_RDONLY)
         except FileNotFoundError:
             return "absent"
         try:

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +24,7 @@ from sparsight.kv.bank import BlockIndex, IndexRows, check_follows, index_row_by
 from sparsight.kv.block import BlockHead, KvBlock, block_digest
 from sparsight.kv.disk import DiskBudget, DiskTier
 from sparsight.kv.page import PageFormat
-from sparsight.kv.row_cache import Key, RowCache
+from sparsight.kv.row_cache import RowCache, keys_of
 from sparsight.kv.waiting import WaitingBlocks
 from sparsight.storage import Storage
 
@@ -109,8 +110,8 @@ class TieredBank:
 
     @property
     def nbytes(self) -> int:
-        block_bytes = 0 if self._format is None else self._format.page_bytes + self.sink.mean_keys_LGC.nbytes
-        return self.sink.nbytes + len(self) * block_bytes
+        page_bytes = 0 if self._format is None else self._format.page_bytes
+        return self.sink.nbytes + len(self) * (page_bytes + self.sink.mean_keys_LGC.nbytes)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -165,7 +166,7 @@ class TieredBank:
         with self._mutex:
             page_format = self._known(*numbers)
         if self._near is None:
-            return page_format.unpack(self._ram_rows(layer, numbers).to(self._device))
+            return page_format.unpack(self._ram_rows(layer, numbers).to(self._device, non_blocking=True))
         return page_format.unpack(self._near_rows(self._near, layer, numbers))
 
     def prefetch(self, numbers: Sequence[int]) -> "Future[None]":
@@ -248,7 +249,7 @@ class TieredBank:
     def _take_as_newest(self, head: BlockHead) -> None:
         self._last = head
         if len(self._recent) == self._recent.maxlen and self._recent:
-            self._ram.release(_keys(self._recent[0], head.format))
+            self._ram.release(keys_of(self._recent[0], head.format.layers))
         self._recent.append(head.number)
         self._give_way(head.format)
 
@@ -305,16 +306,13 @@ class TieredBank:
         for number in numbers:
             keep = number in self._recent
             with self._mutex:
-                places = [self._ram.claim(key, keep) for key in _keys(number, self._known())]
+                places = [self._ram.claim(key, keep) for key in keys_of(number, self._known().layers)]
             self._read(number, 0, [place for place in places if place is not None])
 
     def _fetch_blocks(self, numbers: Sequence[int]) -> None:
         for number in numbers:
-            try:
-                for layer in range(self._known(number).layers):
-                    self._ram_rows(layer, [number])
-            except LostBlockError:
-                continue
+            with suppress(LostBlockError):
+                self.get(number)
 
     def _near_rows(self, near: RowCache, layer: int, numbers: Sequence[int]) -> Tensor:
         """One layer's rows [R, U] on the accelerator, which has those of main memory then, too."""
@@ -323,7 +321,8 @@ class TieredBank:
         with self._mutex:
             missing = near.read(keys, rows_RU)
         if missing:
-            rows_RU[missing] = self._ram_rows(layer, [numbers[place] for place in missing]).to(self._device)
+            missing_RU = self._ram_rows(layer, [numbers[place] for place in missing])
+            rows_RU[missing] = missing_RU.to(self._device, non_blocking=True)
         with self._mutex:
             for place in missing:
                 near.add(keys[place], rows_RU[place])
@@ -332,18 +331,22 @@ class TieredBank:
     def _ram_rows(self, layer: int, numbers: Sequence[int]) -> Tensor:
         """One layer's rows [R, U]; main memory has them then, those of the slow tiers, too."""
         keys = [(number, layer) for number in numbers]
-        rows_RU = self._known().empty_rows(len(numbers))
+        rows_RU = self._known().empty_rows(len(numbers), page_locked=self._device.type == "cuda")
         with self._mutex:
             missing = self._ram.read(keys, rows_RU)
+        near: list[tuple[int, Tensor]] = []
         far: list[Future[None]] = []
         for place in missing:
             number, row_U = numbers[place], rows_RU[place]
             with self._mutex:
                 waits = self._waiting.copy_row(number, layer, row_U)
             if not waits and self._disk.is_near(number):
-                self._read(number, layer, [row_U])
+                near.append((number, row_U))
             elif not waits:
                 far.append(self._far_readers.submit(self._read_far, number, layer, row_U))
+        self._disk.expect(layer, [number for number, _ in near])
+        for number, row_U in near:
+            self._read(number, layer, [row_U])
         for done in far:
             done.result()
         with self._mutex:
@@ -368,14 +371,14 @@ class TieredBank:
             self._lose(number, reason)
 
     def _cache_page(self, number: int, rows_LU: Tensor) -> None:
-        for key, row_U in zip(_keys(number, self._known()), rows_LU, strict=True):
+        for key, row_U in zip(keys_of(number, self._known().layers), rows_LU, strict=True):
             self._ram.add(key, row_U, keep=number in self._recent)
 
     def _lose(self, number: int, reason: str) -> None:
         with self._mutex:
             self._lost[number] = reason
             self._numbers.discard(number)
-            keys = _keys(number, self._known())
+            keys = keys_of(number, self._known().layers)
             self._ram.forget(keys)
             if self._near is not None:
                 self._near.forget(keys)
@@ -391,8 +394,3 @@ class TieredBank:
                 )
         assert self._format is not None
         return self._format
-
-
-def _keys(number: int, page_format: PageFormat) -> list[Key]:
-    """Of all rows of a page."""
-    return [(number, layer) for layer in range(page_format.layers)]
