@@ -22,7 +22,16 @@ from sparsight.artifacts import Artifact, RunDirectory, digest, read_manifest
 from sparsight.config import RunConfig, StreamMethod, StreamsSource, StreamTrials
 from sparsight.data.stream_questions import retrieval_clips
 from sparsight.data.streams import QuestionedStream, iter_streams
-from sparsight.evaluate.stream_scores import StreamAnswerRow, from_parquet, metrics, scores, table, to_parquet
+from sparsight.evaluate.stream_scores import (
+    StreamAnswerRow,
+    from_parquet,
+    metrics,
+    most_frequent_answers,
+    score_method,
+    scores,
+    table,
+    to_parquet,
+)
 from sparsight.kv.head_training import train_head
 from sparsight.kv.retrieval_head import HeadEmbedder, RetrievalHead
 from sparsight.observe import progress_bar, say
@@ -66,10 +75,11 @@ def ask_about_streams(config: RunConfig, trials: StreamTrials, models: Sequence[
 
 
 def read_stream_metrics(config: RunConfig) -> dict[str, dict[str, float]]:
-    """What the finished answers of a run come to, by `model/method` (`student/internal`)."""
+    """What the finished answers of a run come to, by `model/method` (`student/internal`), and `most_frequent`."""
     storage, _ = RunDirectory(config.run_dir).finished(_name(config), KIND)
-    found = scores(from_parquet(storage.read_bytes(ANSWERS)))
-    return {f"{model}/{method}": metrics(score) for (model, method), score in found.items()}
+    rows = from_parquet(storage.read_bytes(ANSWERS))
+    found = {f"{model}/{method}": metrics(score) for (model, method), score in scores(rows).items()}
+    return found | {"most_frequent": metrics(score_method(most_frequent_answers(rows)))}
 
 
 def plan_stream_trials(config: RunConfig, trials: StreamTrials, models: Sequence[ModelSource]) -> list[str]:

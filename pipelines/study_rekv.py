@@ -10,6 +10,7 @@ LENGTHS = ("120s", "600s", "3600s")
 PAST_TYPES = ("ever", "order", "times", "before_shape", "before_colour")
 NOW_TYPES = ("existence", "count", "colour", "shape")
 DRAWN = tuple(f"student/{method}" for method in METHODS)
+EVIDENCE = "share of the evidence's seconds"
 
 
 def _student(key: str, title: str, one: str, other: str, metric: str, published: str = "not reported") -> Comparison:
@@ -118,8 +119,8 @@ methods but full attention see the same number of frames. Models of this size do
 students have learned, from clips, that their layers' queries find the frames that an answer follows from
 (docs/decisions/0014). *Uniform* and *recent* are what is done without a memory: the
 chosen frames are encoded as a clip of their own. The others read blocks that were encoded once, inside a sliding
-window; *oracle* retrieves frames of the evidence. Accuracies are means over question types. Made by
-`make reproduce-rekv`."""
+window; *oracle* retrieves frames of the evidence. `most_frequent` gives the most frequent answer of a question's
+type. Accuracies are means over question types. Made by `make reproduce-rekv`."""
 
 REKV = Study(
     name="rekv",
@@ -143,5 +144,13 @@ REKV = Study(
         Row("now-lengths", "Now questions by the length of the stream", _headings("now", LENGTHS), DRAWN),
         Row("past-types", "Past questions by type", _headings("past", PAST_TYPES), DRAWN),
         Row("now-types", "Now questions by type", _headings("now", NOW_TYPES), DRAWN),
+        Row(
+            "recall-lengths",
+            "Recall of past questions by the length of the stream",
+            _headings("recall_past", LENGTHS),
+            DRAWN,
+            EVIDENCE,
+        ),
+        Row("recall-types", "Recall of past questions by type", _headings("recall_past", PAST_TYPES), DRAWN, EVIDENCE),
     ),
 )

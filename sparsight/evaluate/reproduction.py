@@ -75,6 +75,7 @@ class Row(NamedTuple):
     metrics: Mapping[str, str]
     """Headings by metric."""
     models: Sequence[str]
+    unit: str = "share of right answers"
 
 
 class Study(NamedTuple):

@@ -83,7 +83,7 @@ def side_by_side(seeds: Sequence[Metrics], row: Row) -> bytes:
             axes.plot([x], [value.mean], "D", color=colour, markersize=5, label=label)
             label = None
     axes.set_xticks(range(len(row.metrics)), list(row.metrics.values()), fontsize=8)
-    axes.set_ylabel("share of right answers", fontsize=8)
+    axes.set_ylabel(row.unit, fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(

@@ -7,6 +7,7 @@ memory; written by `pipelines.stream_trials`, read by it and by `pipelines.repro
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import NamedTuple
@@ -16,8 +17,6 @@ import pyarrow.parquet as pq
 
 from sparsight.data.turns import normalise
 from sparsight.evaluate.scores import Ratio, ratio
-
-KINDS = ("now", "past")
 
 
 class StreamAnswerRow(NamedTuple):
@@ -43,36 +42,37 @@ class StreamAnswerRow(NamedTuple):
         return normalise(self.answer) == normalise(self.reference)
 
 
+class Part(NamedTuple):
+    """Some of the answers: mean accuracy over their question types, mean recall over questions with evidence."""
+
+    accuracy: float
+    recall: float
+
+
 class MethodScore(NamedTuple):
-    """How one model fares by one method. `low` and `high` bound `accuracy`, the share of right answers, at 95 %."""
+    """How one model fares by one method. `low` and `high` bound `accuracy`, the share of right answers, at 95 %.
+
+    `parts` are kinds (`past`), types (`past_ever`), either at one length of stream (`past_3600s`, `past_ever_3600s`),
+    and lengths alone (`3600s`).
+    """
 
     accuracy: float
     low: float
     high: float
-    by_kind: dict[str, float]
-    by_type: dict[str, float]
-    by_length: dict[tuple[str, float], float]
-    """By kind and length in seconds."""
     recall: float
+    parts: dict[str, Part]
     questions: int
 
 
 def score_method(rows: Sequence[StreamAnswerRow]) -> MethodScore:
     """The score of one model and method from all of its answers."""
     overall: Ratio = ratio([float(row.correct) for row in rows], [1.0] * len(rows), [row.stream for row in rows])
-    lengths = sorted({row.seconds for row in rows})
     return MethodScore(
         accuracy=overall.value,
         low=overall.low,
         high=overall.high,
-        by_kind={kind: _mean_over_types(row for row in rows if row.kind == kind) for kind in KINDS},
-        by_type=_by_type(rows),
-        by_length={
-            (kind, seconds): _mean_over_types(row for row in rows if row.kind == kind and row.seconds == seconds)
-            for kind in KINDS
-            for seconds in lengths
-        },
-        recall=_mean([row.recall for row in rows if not math.isnan(row.recall)]),
+        recall=_recall(rows),
+        parts={name: Part(_mean_over_types(part), _recall(part)) for name, part in _parts(rows).items()},
         questions=len(rows),
     )
 
@@ -85,10 +85,22 @@ def scores(rows: Iterable[StreamAnswerRow]) -> dict[tuple[str, str], MethodScore
     return {key: score_method(chosen) for key, chosen in grouped.items()}
 
 
+def most_frequent_answers(rows: Iterable[StreamAnswerRow]) -> list[StreamAnswerRow]:
+    """Every question once, answered by the reference that is most frequent in its type: what needs no stream."""
+    questions = list({(row.stream, row.question_id): row for row in rows}.values())
+    references: dict[str, Counter[str]] = {}
+    for row in questions:
+        references.setdefault(row.answer_type, Counter())[normalise(row.reference)] += 1
+    return [row._replace(answer=references[row.answer_type].most_common(1)[0][0], recall=math.nan) for row in questions]
+
+
 def metrics(score: MethodScore) -> dict[str, float]:
-    """A score by flat names: `accuracy`, `now`, `past`, `recall`, `past_3600s`, `past_ever`, …; of what was asked."""
-    lengths = {f"{kind}_{seconds:g}s": value for (kind, seconds), value in score.by_length.items()}
-    values = {"accuracy": score.accuracy, "recall": score.recall, **score.by_kind, **lengths, **score.by_type}
+    """A score by flat names: `accuracy` and `recall` of all, `past_3600s` and `recall_past_3600s` of a part.
+
+    Only of what was asked; recall only of what has evidence."""
+    values = {"accuracy": score.accuracy, "recall": score.recall}
+    for name, part in score.parts.items():
+        values |= {name: part.accuracy, f"recall_{name}": part.recall}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
@@ -96,7 +108,8 @@ def table(found: dict[tuple[str, str], MethodScore]) -> str:
     """The scores as lines of text for a terminal."""
     lines = [f"{'model':<12} {'method':<18} {'past':>6} {'now':>6} {'recall':>6}   all [95 %]"]
     for (model, method), score in found.items():
-        shares = " ".join(f"{value:6.3f}" for value in (score.by_kind["past"], score.by_kind["now"], score.recall))
+        kinds = [score.parts[kind].accuracy if kind in score.parts else math.nan for kind in ("past", "now")]
+        shares = " ".join(f"{value:6.3f}" for value in (*kinds, score.recall))
         lines.append(f"{model:<12} {method:<18} {shares}   {score.accuracy:.3f} [{score.low:.3f}, {score.high:.3f}]")
     return "\n".join(lines)
 
@@ -111,16 +124,23 @@ def from_parquet(data: bytes) -> list[StreamAnswerRow]:
     return [StreamAnswerRow(**row) for row in pq.read_table(BytesIO(data)).to_pylist()]
 
 
-def _by_type(rows: Iterable[StreamAnswerRow]) -> dict[str, float]:
-    grouped: dict[str, list[float]] = {}
+def _parts(rows: Iterable[StreamAnswerRow]) -> dict[str, list[StreamAnswerRow]]:
+    parts: dict[str, list[StreamAnswerRow]] = {}
     for row in rows:
-        grouped.setdefault(row.answer_type, []).append(float(row.correct))
-    return {name: statistics.fmean(grouped[name]) for name in sorted(grouped)}
+        length = f"{row.seconds:g}s"
+        names = (row.kind, row.answer_type, length, f"{row.kind}_{length}", f"{row.answer_type}_{length}")
+        for name in names:
+            parts.setdefault(name, []).append(row)
+    return parts
 
 
 def _mean_over_types(rows: Iterable[StreamAnswerRow]) -> float:
-    return _mean(list(_by_type(rows).values()))
+    by_type: dict[str, list[float]] = {}
+    for row in rows:
+        by_type.setdefault(row.answer_type, []).append(float(row.correct))
+    return statistics.fmean(statistics.fmean(right) for right in by_type.values())
 
 
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else math.nan
+def _recall(rows: Iterable[StreamAnswerRow]) -> float:
+    known = [row.recall for row in rows if not math.isnan(row.recall)]
+    return statistics.fmean(known) if known else math.nan

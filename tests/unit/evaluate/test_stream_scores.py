@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from sparsight.evaluate.stream_scores import StreamAnswerRow, from_parquet, metrics, score_method, scores, to_parquet
+from sparsight.evaluate.stream_scores import (
+    StreamAnswerRow,
+    from_parquet,
+    metrics,
+    most_frequent_answers,
+    score_method,
+    scores,
+    to_parquet,
+)
 
 
 def row(
@@ -33,24 +41,53 @@ def row(
 def test_a_kind_is_the_mean_over_its_types_however_often_each_was_asked() -> None:
     rows = [row("past_ever", True)] * 3 + [row("past_times", False)] + [row("now_count", True)]
     score = score_method(rows)
-    assert score.by_kind == {"past": 0.5, "now": 1.0}
+    found = metrics(score)
     assert score.accuracy == pytest.approx(0.8)
-    assert score.by_type == {"now_count": 1.0, "past_ever": 1.0, "past_times": 0.0}
+    assert (found["past"], found["now"]) == (0.5, 1.0)
+    assert (found["now_count"], found["past_ever"], found["past_times"]) == (1.0, 1.0, 0.0)
 
 
 def test_a_kind_that_was_not_asked_has_no_accuracy() -> None:
-    assert math.isnan(score_method([row("now_count", True)]).by_kind["past"])
+    assert "past" not in metrics(score_method([row("now_count", True)]))
 
 
 def test_lengths_are_told_apart() -> None:
     rows = [row("past_ever", True, seconds=60.0), row("past_ever", False, seconds=3600.0)]
     found = metrics(score_method(rows))
     assert (found["past_60s"], found["past_3600s"], found["past"]) == (1.0, 0.0, 0.5)
+    assert (found["past_ever_60s"], found["past_ever_3600s"]) == (1.0, 0.0)
 
 
 def test_questions_without_evidence_do_not_count_for_recall() -> None:
     rows = [row("past_ever", True, recall=0.25), row("past_ever", True, recall=0.75), row("past_ever", True)]
     assert score_method(rows).recall == pytest.approx(0.5)
+    assert "recall" not in metrics(score_method(rows[2:]))
+
+
+def test_recall_is_told_apart_by_type_and_length() -> None:
+    rows = [
+        row("past_ever", True, recall=0.25),
+        row("past_ever", True, seconds=3600.0, recall=0.75),
+        row("past_order", True, seconds=3600.0, recall=0.25),
+    ]
+    found = metrics(score_method(rows))
+    assert (found["recall_60s"], found["recall_3600s"], found["recall_past_3600s"]) == (0.25, 0.5, 0.5)
+    assert (found["recall_past_ever"], found["recall_past_order"]) == (0.5, 0.25)
+    assert found["recall_past_ever_3600s"] == 0.75
+
+
+def test_the_most_frequent_answer_of_a_type_is_given_once_to_each_question() -> None:
+    asked = [("past_ever", "yes"), ("past_ever", "no"), ("past_ever", "No"), ("now_count", "two")]
+    rows = [
+        row(answer_type, True, method=method, recall=0.5)._replace(question_id=str(number), reference=reference)
+        for method in ("internal", "recent")
+        for number, (answer_type, reference) in enumerate(asked)
+    ]
+    answered = most_frequent_answers(rows)
+    assert [it.answer for it in answered] == ["no", "no", "no", "two"]
+    found = metrics(score_method(answered))
+    assert (found["past"], found["now"]) == (pytest.approx(2 / 3), 1.0)
+    assert "recall" not in found
 
 
 def test_answers_about_one_stream_widen_the_interval_as_they_err_together() -> None:
