@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
@@ -25,7 +26,8 @@ class KvBankActor(StreamBanks):
         return self.bank(stream_id).sink
 
     def index(self, stream_id: str) -> BlockIndex:
-        return self.bank(stream_id).index()
+        index = self.bank(stream_id).index()
+        return index.rows(torch.arange(len(index)))  # a copy: a view would take its whole reserved room along
 
     def get(self, stream_id: str, number: int) -> KvBlock:
         return self.bank(stream_id).get(number)
@@ -35,6 +37,9 @@ class KvBankActor(StreamBanks):
 
     def clear(self, stream_id: str) -> None:
         self.bank(stream_id).clear()
+
+    def next_number(self, stream_id: str) -> int:
+        return self.bank(stream_id).next_number
 
     def size(self, stream_id: str) -> tuple[int, int]:
         """Frame blocks, and bytes."""
@@ -87,6 +92,10 @@ class RemoteBank:
     @property
     def nbytes(self) -> int:
         return _result(self._actor.size.remote(self._stream_id))[1]
+
+    @property
+    def next_number(self) -> int:
+        return _result(self._actor.next_number.remote(self._stream_id))
 
     def __len__(self) -> int:
         return _result(self._actor.size.remote(self._stream_id))[0]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsight.errors import StreamError
-from sparsight.kv.bank import RamBank
+from sparsight.kv.bank import RamBank, check_follows
 from sparsight.kv.block import KvBlock
 
 
@@ -79,6 +79,10 @@ class StreamBanks:
             )
         if [block.number for block in new] != list(range(len(bank), len(bank) + len(new))):
             raise StreamError(f"blocks {[block.number for block in new]} do not follow {len(bank)} kept ones.")
+        last = bank.get(len(bank) - 1).head if len(bank) else bank.sink.head
+        for block in new:
+            check_follows(block, last)
+            last = block.head
         for block in new:
             bank.put(block)
         info = self.describe(stream_id)

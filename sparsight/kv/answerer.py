@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsight.errors import LostBlockError, StreamError
 from sparsight.kv.attention import KvTextModel
 from sparsight.kv.bank import BlockBank
+from sparsight.kv.block import KvBlock
 from sparsight.kv.evidence import LayerEvidence, Moment, moments_of
 from sparsight.kv.recall import Recall
 from sparsight.kv.retrieve import Retriever
@@ -186,10 +187,27 @@ class StreamAnswerer:
         if len(question) == 0:
             raise StreamError(f"{ask.question} of a prompt of {ask.prompt_ids_T.shape[0]} tokens holds no question.")
         before = self._after_frames_SD.shape[0]
+        self._check_fits(ask, sink=ask.bank.sink)
         rows_T = torch.arange(len(question)) if ask.two_pass else torch.tensor(question) + before
         room_tokens = before + ask.prompt_ids_T.shape[0] + ask.max_new_tokens
         rows_T = rows_T.to(self._model.device)
         return Turn(self, Recall(self._model, ask.bank, index, ask.retriever, rows_T, room_tokens))
+
+    def _check_fits(self, ask: Ask, sink: KvBlock) -> None:
+        """Before anything is computed: a question that goes through the model holds up its whole batch."""
+        model, page = self._model, sink.format
+        made_for = (page.layers, page.heads, page.width, page.dtype)
+        if made_for != (model.layers, model.kv_heads, model.head_width, model.dtype):
+            raise StreamError(f"the stream's blocks are of {page}: answer with the model that encoded them.")
+        wanted = sink.tokens + self._after_frames_SD.shape[0] + ask.prompt_ids_T.shape[0] + ask.max_new_tokens
+        if ask.max_new_tokens < 0:
+            raise StreamError(f"an answer of {ask.max_new_tokens} tokens is impossible: ask for at least 0.")
+        if wanted >= model.max_tokens:
+            raise StreamError(
+                f"a prompt of {ask.prompt_ids_T.shape[0]} tokens and an answer of {ask.max_new_tokens} leave no room "
+                f"for a frame, the model takes {model.max_tokens}: shorten the question, leave out the oldest earlier "
+                "turns, or ask for less."
+            )
 
     def _prompt_embeds(self, ask: Ask) -> Tensor:
         return torch.cat((self._after_frames_SD, self._model.embed(ask.prompt_ids_T)))

@@ -2,59 +2,108 @@
 
 A full segment is copied once, its index last: an index in the store means that its pages are there. The segment that is
 still open is copied under another name, as a whole, whenever its owner asks; the full one replaces it. What is in the
-store is checked where it is read, not here. Used by `tiers`.
+store is checked where it is read. A page or record that is damaged in the folder does not replace a whole one.
+`owner` names the one bank that writes to the store: the last that was made for it or restored from it. Used by `disk`.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from socket import gethostname
+from uuid import uuid4
 
 import numpy as np
 from torch import Tensor
 
-from sparsight.errors import StorageError
-from sparsight.kv.segments import HEADER, SINK, PageState, SegmentFolder
+from sparsight.errors import StorageError, StreamError
+from sparsight.kv.block import KvBlock
+from sparsight.kv.header import HEADER, SINK, Header
+from sparsight.kv.records import Array, fitted, has_page, merged, parse, whole, written
+from sparsight.kv.segments import PageState, SegmentFolder
 from sparsight.storage import LocalStorage, Storage
 
-_OPEN = "open"
+OWNER = "owner"
+_OPEN = "open-"
 
 
 class SegmentArchive:
-    """One stream's place in a store."""
+    """One stream's place in a store, for the bank in one folder."""
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self.full: set[int] = {int(key[:5]) for key in storage.keys("") if key[5:] == ".index"}
+    def __init__(self, storage: Storage, folder: Path) -> None:
+        self.full: set[int] = set()
         """The full segments that are in the store."""
+        self._open: set[int] = set()  # segments that are there as they were before they were full
+        self._storage = storage
+        self._owner = f"{uuid4().hex} '{folder}' on {gethostname()}"
         self._header = b""
 
+    def has(self, segment: int) -> bool:
+        """Whether the store has pages of a segment."""
+        return segment in self.full or segment in self._open
+
+    def take_over(self, folder: SegmentFolder) -> None:
+        """Become the one that writes to the store; bring into the folder what the stream needs to be opened and is not
+        there, or damaged: indexes, and the pages of the open segment. Pages of full segments stay in the store.
+
+        Raises `StreamError` where folder and store have different blocks in one place.
+        """
+        self._storage.write_bytes(OWNER, self._owner.encode())
+        names = [key.removesuffix(".index") for key in self._storage.keys("") if key.endswith(".index")]
+        self.full = {int(name) for name in names if name.isdigit()}
+        self._open = {int(name.removeprefix(_OPEN)) for name in names if name.startswith(_OPEN)} - self.full
+        last_here = folder.known_segments - 1
+        segments = sorted(self.full | self._open)
+        # All segments before one that both have were copied before it was: if this is the same, so are they.
+        newest_of_both = max((segment for segment in segments if folder.index_path(segment).exists()), default=-1)
+        for segment in segments:
+            here_N = folder.durable_records(segment, is_last=segment >= last_here)
+            if segment == newest_of_both or len(here_N) < folder.pages_per_segment or not whole(here_N).all():
+                self._complete(folder, segment, here_N)
+
     def upload(self, folder: SegmentFolder, *, with_open: bool) -> None:
-        """Copy every full segment that is not in the store yet; `with_open`, also what the open one holds now."""
-        header = _read(folder.folder / HEADER)
-        if header != self._header:
-            self._storage.write_bytes(SINK, _read(folder.folder / SINK))
-            self._storage.write_bytes(HEADER, header)
-            self._header = header
-        full_segments = folder.full_segments
-        for segment in range(full_segments):
-            if segment not in self.full:
-                self._upload(folder, segment, f"{segment:05d}")
+        """Copy every full segment that is not in the store yet; `with_open`, also what the open one holds now.
+
+        Raises `StreamError` where another bank has taken over the store, `StorageError` where the store does not answer
+        or, after all others were copied, for a segment that cannot be read now.
+        """
+        self._upload_header(folder)
+        count, unreadable = folder.count, None
+        if count == 0:
+            return
+        full_segments, open_pages = divmod(count, folder.pages_per_segment)
+        for segment in range(full_segments + (1 if with_open and open_pages else 0)):
+            if segment in self.full:
+                continue
+            slots = folder.pages_per_segment if segment < full_segments else open_pages
+            try:
+                records_N = self._best_records(folder, segment, slots)
+                pages = self._best_pages(folder, segment, records_N)
+            except StorageError as error:
+                unreadable = error
+                continue
+            self._write(f"{'' if segment < full_segments else _OPEN}{segment:05d}", records_N.tobytes(), pages)
+            if segment < full_segments:
                 self.full.add(segment)
-                self._storage.delete(f"{_OPEN}-{segment:05d}.index")
-                self._storage.delete(f"{_OPEN}-{segment:05d}.pages")
-        if with_open and folder.open_pages:
-            self._upload(folder, full_segments, f"{_OPEN}-{full_segments:05d}")
+                self._open.discard(segment)
+                self._storage.delete(f"{_OPEN}{segment:05d}.index")
+                self._storage.delete(f"{_OPEN}{segment:05d}.pages")
+            else:
+                self._open.add(segment)
+        if unreadable is not None:
+            raise unreadable
 
     def read(self, folder: SegmentFolder, number: int, first_layer: int, rows: Sequence[Tensor]) -> PageState:
         """`SegmentFolder.read` of the store's copy: these rows travel, and nothing else.
 
         Raises `StorageError` where the store does not answer.
         """
-        key = folder.pages_path(folder.places[number].segment).name
+        name = self._name(folder.places[number].segment)
         wanted_bytes = sum(row_U.nbytes for row_U in rows)
         try:
-            data = self._storage.read_range(key, folder.offset_bytes(number, first_layer), wanted_bytes)
+            data = self._storage.read_range(f"{name}.pages", folder.offset_bytes(number, first_layer), wanted_bytes)
         except StorageError:
-            if self._storage.exists(key):
+            if name != self._name(folder.places[number].segment):  # the full segment has just replaced the open one
+                return self.read(folder, number, first_layer, rows)
+            if self._storage.exists(f"{name}.pages"):
                 raise
             return "absent"
         if len(data) < wanted_bytes:
@@ -72,44 +121,146 @@ class SegmentArchive:
         return True
 
     def clear(self) -> None:
-        self._storage.delete("")
+        """Remove the stream, its header last. Raises `StreamError` where another bank has taken over the store."""
+        self._check_owner()
+        for key in list(self._storage.keys("")):
+            if key not in (OWNER, HEADER):
+                self._storage.delete(key)
+        self._storage.delete(HEADER)
         self.full.clear()
+        self._open.clear()
         self._header = b""
 
-    def _upload(self, folder: SegmentFolder, segment: int, name: str) -> None:
-        # Read in the other order than written: of a segment that grows meanwhile, no record comes without its page.
-        index, pages = _read(folder.index_path(segment)), _read(folder.pages_path(segment))
-        self._storage.write_bytes(f"{name}.pages", pages)
-        self._storage.write_bytes(f"{name}.index", index)
+    def _name(self, segment: int) -> str:
+        return f"{_OPEN if segment in self._open else ''}{segment:05d}"
+
+    def _upload_header(self, folder: SegmentFolder) -> None:
+        self._check_owner()
+        header = folder.header.to_bytes()
+        if header != self._header:
+            self._storage.write_bytes(SINK, folder.sink.to_bytes())
+            self._storage.write_bytes(HEADER, header)
+            self._header = header
+
+    def _write(self, name: str, index: bytes, pages: bytes) -> None:
+        for key, data in ((f"{name}.pages", pages), (f"{name}.index", index)):
+            self._check_owner()
+            self._storage.write_bytes(key, data)
+
+    def _check_owner(self) -> None:
+        """Raises `StreamError` where another bank has taken over the store."""
+        owner = self._read_if_there(OWNER).decode(errors="replace")
+        if not owner:
+            self._storage.write_bytes(OWNER, self._owner.encode())
+        elif owner != self._owner:
+            raise StreamError(
+                f"the stream in '{self._storage.uri}' was taken over by the bank in {owner.partition(' ')[2]}: what is "
+                f"put into the bank in {self._owner.partition(' ')[2]} stays there. Close it and go on with the other, "
+                "or restore it to take the stream over again."
+            )
+
+    def _read_if_there(self, key: str) -> bytes:
+        try:
+            return self._storage.read_bytes(key)
+        except StorageError:
+            if self._storage.exists(key):
+                raise
+            return b""
+
+    def _complete(self, folder: SegmentFolder, segment: int, here_N: Array) -> None:
+        """Bring records that are whole in the store only into the folder, and their pages where the segment is open."""
+        page_format = folder.known_format
+        there_N = parse(self._storage.read_bytes(f"{self._name(segment)}.index"), page_format)
+        slots = folder.pages_per_segment if segment in self.full else max(len(here_N), written(there_N))
+        here_N, there_N = fitted(here_N, slots), fitted(there_N, slots)
+        whole_here_N, whole_there_N = whole(here_N), whole(there_N)
+        both_N = whole_here_N & whole_there_N
+        if here_N[both_N].tobytes() != there_N[both_N].tobytes():
+            raise StreamError(
+                f"the stream in '{folder.folder}' and its copy in '{self._storage.uri}' went on with different blocks: "
+                "restore the copy into an empty folder, or the folder without the store."
+            )
+        if whole_here_N.all():
+            return
+        pages: dict[int, Array] = {}
+        if segment not in self.full:
+            data = memoryview(self._read_if_there(f"{self._name(segment)}.pages"))
+            for slot in np.flatnonzero(whole_there_N & ~whole_here_N).tolist():
+                page = _page(data, slot, page_format.page_bytes)
+                if has_page(there_N[slot], page):
+                    pages[slot] = np.frombuffer(page, np.uint8)
+        folder.mend(segment, merged(here_N, there_N), pages)
+
+    def _best_records(self, folder: SegmentFolder, segment: int, slots: int) -> Array:
+        """A segment's records; what is damaged in the folder, from the copy of when the segment was open."""
+        here_N = fitted(folder.read_records(segment), slots)
+        if segment not in self._open or whole(here_N).all():
+            return here_N
+        there = self._read_if_there(f"{self._name(segment)}.index")
+        return merged(here_N, fitted(parse(there, folder.known_format), slots))
+
+    def _best_pages(self, folder: SegmentFolder, segment: int, records_N: Array) -> bytes:
+        """The pages of these records; what is damaged in the folder, from the copy of when the segment was open. Where
+        that is not whole either, something else."""
+        page_format = folder.known_format
+        found = folder.read_pages(segment)[: len(records_N) * page_format.page_bytes]
+        slots: list[int] = np.flatnonzero(whole(records_N)).tolist()
+        view, page_bytes = memoryview(found), page_format.page_bytes
+        damaged = [slot for slot in slots if not has_page(records_N[slot], _page(view, slot, page_bytes))]
+        if not damaged and len(found) == len(records_N) * page_bytes:
+            return found
+        pages = bytearray(found.ljust(len(records_N) * page_bytes, b"\0"))
+        rows_LU = page_format.empty_rows(page_format.layers)
+        for slot in damaged:
+            number = int(records_N[slot]["number"])
+            state = folder.read(number, 0, list(rows_LU))
+            if state != "whole" and segment in self._open:
+                state = self.read(folder, number, 0, list(rows_LU))
+            if state == "whole":
+                pages[slot * page_bytes : (slot + 1) * page_bytes] = rows_LU.numpy().tobytes()
+        return bytes(pages)
 
 
-def fetch_missing(storage: Storage, local: LocalStorage) -> None:
-    """Bring into a folder what a stream needs to be opened and is not there: header, sink, indexes, the open segment.
+def fetch_header(storage: Storage, folder: Path) -> None:
+    """Bring a stream's header and sink into a folder that lacks them.
 
-    Pages of full segments stay in the store. Of the folder's last segment, the store may have the longer version.
+    Raises `StreamError` where one of folder and store holds something else than the other's stream.
     """
-    remote = set(storage.keys())
-    for name in (SINK, HEADER):
-        if name in remote and not local.exists(name):
-            local.write_bytes(name, storage.read_bytes(name))
-    here = sorted(key for key in local.keys("") if key.endswith(".index"))
-    for key in sorted(key for key in remote if key.endswith(".index")):
-        name = key.removeprefix(f"{_OPEN}-")
-        if name in here[:-1] or (name != key and name in remote):
-            continue
-        index = storage.read_bytes(key)
-        if name in here and len(index) <= len(local.read_bytes(name)):
-            continue
-        pages = name.replace(".index", ".pages")
-        if name == key:
-            local.delete(pages)
-        else:
-            local.write_bytes(pages, storage.read_bytes(f"{_OPEN}-{pages}"))
-        local.write_bytes(name, index)
+    local = LocalStorage(folder)
+    if not storage.exists(HEADER):
+        if not {OWNER, SINK}.issuperset(storage.keys()):
+            raise StreamError(f"'{storage.uri}' is not empty and holds no stream: give the store of '{folder}'.")
+        return
+    there = _header_in(storage, folder)
+    has_blocks = any(path.stat().st_size for kind in ("*.index", "*.pages") for path in folder.glob(kind))
+    here = _header_in(local, folder) if has_blocks or local.exists(HEADER) else there
+    if here.stream_id != there.stream_id or (has_blocks and there.format not in (None, here.format)):
+        raise StreamError(
+            f"'{folder}' and '{storage.uri}' hold different streams: restore each with its own store, or the store "
+            "into an empty folder."
+        )
+    if not has_blocks:
+        local.write_bytes(HEADER, there.to_bytes())
+    if not _has_sink(local, there):
+        local.write_bytes(SINK, storage.read_bytes(SINK))
 
 
-def _read(path: Path) -> bytes:
+def _header_in(place: Storage, folder: Path) -> Header:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StorageError(f"cannot read '{path}': {error.strerror or error}") from error
+        return Header.from_bytes(place.read_bytes(HEADER))
+    except (StorageError, StreamError) as error:
+        raise StreamError(
+            f"the stream in '{place.uri}' cannot be understood: {error}. Copy that file from the other one of the "
+            f"stream's folder and its store, or restore the store into an empty folder instead of '{folder}'."
+        ) from error
+
+
+def _has_sink(local: LocalStorage, header: Header) -> bool:
+    try:
+        return KvBlock.from_bytes(local.read_bytes(SINK)).digest == header.sink_digest
+    except (StorageError, StreamError):
+        return False
+
+
+def _page(pages: memoryview, slot: int, page_bytes: int) -> memoryview:
+    return pages[slot * page_bytes : (slot + 1) * page_bytes]

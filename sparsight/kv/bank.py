@@ -59,6 +59,11 @@ class BlockBank(Protocol):
         """Bytes of all pages and index vectors, the sink's among them."""
         ...
 
+    @property
+    def next_number(self) -> int:
+        """The number after the last that was put: 0 for a new stream. Lost blocks count."""
+        ...
+
     def __len__(self) -> int:
         """Number of frame blocks."""
         ...
@@ -98,6 +103,10 @@ class RamBank:
     @property
     def nbytes(self) -> int:
         return self._nbytes
+
+    @property
+    def next_number(self) -> int:
+        return 1 + next(reversed(self._blocks), SINK_NUMBER)
 
     def __len__(self) -> int:
         return len(self._blocks)

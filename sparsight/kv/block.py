@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -108,32 +107,30 @@ class KvBlock:
 
     def to_bytes(self) -> bytes:
         """The block as one safetensors file, from which `from_bytes` makes an equal one."""
+        about = json.dumps([self.number, self.start_s, self.end_s, self.format.to_json(), self.digest])
         return save(
-            {
-                "rows": self.rows_LU,
-                "mean_keys": self.mean_keys_LGC,
-                "span_s": torch.tensor([self.start_s, self.end_s], dtype=torch.float64),
-            },
-            metadata={"number": str(self.number), "format": json.dumps(self.format.to_json()), "digest": self.digest},
+            {"rows": self.rows_LU, "mean_keys": self.mean_keys_LGC},
+            metadata={"about": about, "checksum": xxhash.xxh3_128_hexdigest(about.encode())},
         )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "KvBlock":
         """Read what `to_bytes` wrote.
 
-        Raises `StreamError` when the bytes are not a block, or when its content is not what was hashed.
+        Raises `StreamError` when the bytes are not a block, or when anything in it is not what was hashed.
         """
         try:
             tensors = load(data)
-            about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-            number, page_format = int(about["number"]), PageFormat.from_json(json.loads(about["format"]))
-            start_s, end_s = tensors["span_s"].tolist()
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            whole = xxhash.xxh3_128_hexdigest(metadata["about"].encode()) == metadata["checksum"]
+            number, start_s, end_s, page_format, digest = json.loads(metadata["about"])
+            page_format = PageFormat.from_json(page_format)
             block = cls.of_rows(number, start_s, end_s, page_format, tensors["rows"], tensors["mean_keys"])
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise StreamError(f"these {len(data)} bytes are not a block: {error}. Encode the frame again.") from error
-        if block.digest != about["digest"]:
+        if not whole or block.digest != digest:
             raise StreamError(
-                f"block {number} does not match its digest {about['digest'][:12]}: it was damaged on its way. "
+                f"block {number} does not match its digest {digest[:12]}: it was damaged on its way. "
                 "Fetch another copy, or encode the frame again."
             )
         return block

@@ -16,11 +16,12 @@ from typing import Self
 from torch import Tensor
 
 from sparsight.errors import StorageError, StreamError
-from sparsight.kv.archive import SegmentArchive, fetch_missing
+from sparsight.kv.archive import SegmentArchive, fetch_header
 from sparsight.kv.block import KvBlock
 from sparsight.kv.page import PageFormat
-from sparsight.kv.segments import Records, SegmentFolder, locked, record_type
-from sparsight.storage import LocalStorage, Storage
+from sparsight.kv.records import Records, record_type
+from sparsight.kv.segments import PageState, SegmentFolder, locked
+from sparsight.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class DiskBudget:
 class DiskTier:
     """Made by `create` or `restore`; `close` lets another process open the stream."""
 
-    def __init__(self, folder: SegmentFolder, budget: DiskBudget, store: Storage | None) -> None:
+    def __init__(self, folder: SegmentFolder, budget: DiskBudget, archive: SegmentArchive | None) -> None:
         self._folder = folder
         self._budget = budget
-        self._archive = None if store is None else SegmentArchive(store)
+        self._archive = archive
         self._moving = threading.RLock()  # segments leave the folder and come back one at a time
         self._mutex = threading.Lock()  # of what follows
         self._read_bytes: dict[int, int] = {}  # of segments that are in the store only, since they last left
@@ -50,18 +51,24 @@ class DiskTier:
         """A new stream. Raises `StreamError` where there is one, or for a budget that segments cannot move in."""
         if store is not None and any(store.keys()):
             raise StreamError(f"'{store.uri}' is not empty: restore the stream in it, or choose another place.")
-        _check_budget(budget, store)
+        archive = None if store is None else SegmentArchive(store, folder)
+        _check_budget(budget, budget.segment_bytes, archive)
         with locked(folder) as lock:
-            return cls(SegmentFolder.create(folder, lock, sink, budget.segment_bytes), budget, store)
+            return cls(SegmentFolder.create(folder, lock, sink, budget.segment_bytes), budget, archive)
 
     @classmethod
     def restore(cls, folder: Path, budget: DiskBudget, store: Storage | None) -> Self:
-        """The stream that is in the folder or, where the folder lacks something, in the store."""
-        _check_budget(budget, store)
+        """The stream that is in the folder or, where something is damaged or not there, in the store; the store is this
+        folder's from then on. `budget.segment_bytes` is for new streams."""
+        archive = None if store is None else SegmentArchive(store, folder)
         with locked(folder) as lock:
             if store is not None:
-                fetch_missing(store, LocalStorage(folder))
-            return cls(SegmentFolder.open(folder, lock), budget, store)
+                fetch_header(store, folder)
+            opened = SegmentFolder.open(folder, lock)
+            _check_budget(budget, opened.header.segment_bytes, archive)
+            if archive is not None:
+                archive.take_over(opened)
+            return cls(opened, budget, archive)
 
     @property
     def sink(self) -> KvBlock:
@@ -76,10 +83,6 @@ class DiskTier:
     def capacity_bytes(self) -> int:
         """What the stream may grow to."""
         return self._budget.disk_bytes if self._archive is None else self._budget.store_bytes
-
-    def digests(self, number: int) -> bytes:
-        """The digests of a page's rows."""
-        return self._folder.places[number].digests
 
     def load(self) -> Iterator[Records]:
         """What the indexes say, a segment at a time; once, after `restore`."""
@@ -116,7 +119,9 @@ class DiskTier:
         return written
 
     def upload(self) -> None:
-        """Return when everything that was appended is in the store. Raises `StorageError`."""
+        """Return when everything that was appended and is not lost is in the store.
+
+        Raises `StorageError`, and `StreamError` where another bank has taken over the store."""
         if self._archive is not None:
             self._uploader.submit(self._archive.upload, self._folder, with_open=True).result()
 
@@ -128,24 +133,36 @@ class DiskTier:
     def read(self, number: int, first_layer: int, rows: Sequence[Tensor]) -> str | None:
         """Fill `rows` (each [U]) with a page's rows from `first_layer` on; None, or why the page is lost.
 
-        Raises `StreamError` where the store does not answer: then nothing is lost.
+        Raises `StreamError` where folder or store cannot be read just now: then nothing is lost.
         """
         segment = self._folder.places[number].segment
         with self._mutex:
             if segment in self._here:
                 self._here.move_to_end(segment)
-        state = self._folder.read(number, first_layer, rows)
-        if state != "whole" and self._archive is not None and segment in self._archive.full:
-            if self._bring_back(self._archive, segment, sum(row_U.nbytes for row_U in rows)):
-                state = self._folder.read(number, first_layer, rows)
-            if state != "whole":
-                try:
-                    state = self._archive.read(self._folder, number, first_layer, rows)
-                except StorageError as error:
-                    raise StreamError(f"block {number} cannot be read now, but is not lost: {error}") from error
+        try:
+            state = self._read_anywhere(segment, number, first_layer, rows)
+        except StorageError as error:
+            raise StreamError(f"block {number} cannot be read now, but is not lost: {error}") from error
         if state == "whole":
             return None
         return f"its page in '{self._folder.pages_path(segment)}' is {'missing' if state == 'absent' else 'damaged'}"
+
+    def _read_anywhere(self, segment: int, number: int, first_layer: int, rows: Sequence[Tensor]) -> PageState:
+        unreadable: StorageError | None = None
+        try:
+            state = self._folder.read(number, first_layer, rows)
+        except StorageError as error:
+            state, unreadable = "absent", error
+        archive = self._archive
+        if state != "whole" and archive is not None and archive.has(segment):
+            wanted_bytes = sum(row_U.nbytes for row_U in rows)
+            if segment in archive.full and self._bring_back(archive, segment, wanted_bytes):
+                state = self._folder.read(number, first_layer, rows)
+            if state != "whole":
+                state = archive.read(self._folder, number, first_layer, rows)
+        if state != "whole" and unreadable is not None:
+            raise unreadable
+        return state
 
     def clear(self) -> None:
         """Remove all pages, also from the store."""
@@ -196,24 +213,32 @@ class DiskTier:
         limit_bytes = self._budget.disk_bytes - per_segment
         fixed_bytes = self._folder.open_pages * page_format.page_bytes + indexes_bytes
         while self._here and fixed_bytes + len(self._here) * per_segment > limit_bytes:
-            with self._mutex:
-                segment = next((segment for segment in self._here if segment in self._archive.full), None)
-                if segment is not None:
-                    del self._here[segment]
+            segment = self._forget_a_copied(self._archive)
             if segment is None:
-                self._uploader.submit(self._archive.upload, self._folder, with_open=False).result()
-            else:
-                self._folder.pages_path(segment).unlink(missing_ok=True)
+                failure = self._uploader.submit(self._archive.upload, self._folder, with_open=False).exception()
+                segment = self._forget_a_copied(self._archive)
+                if segment is None:
+                    assert failure is not None, "every segment was copied"
+                    raise failure
+            self._folder.pages_path(segment).unlink(missing_ok=True)
         if fixed_bytes > limit_bytes:
             raise StreamError(
                 f"{self._budget.disk_bytes} bytes of disk have no room beside {fixed_bytes} that must stay: give the "
                 "stream more, or close it."
             )
 
+    def _forget_a_copied(self, archive: SegmentArchive) -> int | None:
+        """The segment in the folder that was not used for longest, of those that are in the store."""
+        with self._mutex:
+            segment = next((segment for segment in self._here if segment in archive.full), None)
+            if segment is not None:
+                del self._here[segment]
+        return segment
 
-def _check_budget(budget: DiskBudget, store: Storage | None) -> None:
-    if store is not None and budget.disk_bytes < 3 * budget.segment_bytes:
+
+def _check_budget(budget: DiskBudget, segment_bytes: int, archive: SegmentArchive | None) -> None:
+    if archive is not None and budget.disk_bytes < 3 * segment_bytes:
         raise StreamError(
-            f"a disk budget of {budget.disk_bytes} bytes has no room for three segments of {budget.segment_bytes}: one "
-            "is written, one copied to the store, one read back. Give more, or make segments smaller."
+            f"a disk budget of {budget.disk_bytes} bytes has no room for three segments of {segment_bytes}: one is "
+            "written, one copied to the store, one read back. Give more; a new stream may have smaller segments."
         )

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsight.errors import StreamError
+from sparsight.errors import LostBlockError, StreamError
 from sparsight.kv.attention import KvTextModel, attend
+from sparsight.kv.bank import BlockBank
 from sparsight.kv.block import SINK_NUMBER, KvBlock
 from sparsight.kv.page import Encoding
 
@@ -42,7 +43,7 @@ class StreamEncoder:
 
     `window_tokens` bounds what a token sees and what is kept: that many tokens' keys and values, beside the sink's.
     `blocks` are what an earlier encoder of the same stream made, all of them or its newest `window_tokens` tokens'
-    worth: this encoder goes on after them, to the same numbers.
+    worth: this encoder goes on after them, from plain pages to the same numbers.
     `encoding` is how the blocks' pages are kept; the window itself is never quantised.
     Raises `StreamError` if the window has no room beside the sink or is longer than the model's longest context, or if
     `blocks` leave a gap in it.
@@ -72,6 +73,29 @@ class StreamEncoder:
         self._last_start_s = -math.inf
         if blocks:
             self._continue_after(blocks)
+
+    @classmethod
+    def after(
+        cls, model: KvTextModel, bank: BlockBank, window_tokens: int, encoding: Encoding = "plain"
+    ) -> "StreamEncoder":
+        """The encoder that goes on where a bank's stream ends, also behind a block that is lost.
+
+        Where one of the window's blocks is lost, the window begins after it: the next frames see less than they would
+        have seen, and the system prompt as if it had left the window.
+        """
+        encoder = cls(model, bank.sink, window_tokens, encoding=encoding)
+        known: set[int] = set(bank.index().numbers_N.tolist())
+        blocks: list[KvBlock] = []
+        number = bank.next_number - 1
+        while number in known and sum(block.tokens for block in blocks) < window_tokens:
+            try:
+                blocks.insert(0, bank.get(number))
+            except LostBlockError:
+                break
+            number -= 1
+        if bank.next_number > 0:
+            encoder._take_up(blocks, bank.next_number)
+        return encoder
 
     @property
     def kept_tokens(self) -> int:
@@ -115,12 +139,15 @@ class StreamEncoder:
         ]
 
     def _begin(self, frames: "StreamFrames") -> "_WindowPass":
-        F, S, D = frames.visual_embeds_FSD.shape
-        if F == 0 or len(frames.spans_s) != F or self._model.width != D:
+        shape = tuple(frames.visual_embeds_FSD.shape)
+        if len(shape) != 3 or 0 in shape or len(frames.spans_s) != shape[0] or shape[2] != self._model.width:
             raise StreamError(
-                f"{F} frames of width {D} came with {len(frames.spans_s)} time spans, for a text model of width "
-                f"{self._model.width}: give at least one frame, one span a frame, and this model's projected tokens."
+                f"frames of shape {shape} came with {len(frames.spans_s)} time spans, for a text model of width "
+                f"{self._model.width}: give [frames, tokens, width] of this model's tokens, and a span a frame."
             )
+        if not frames.visual_embeds_FSD.isfinite().all():
+            raise StreamError("a frame holds numbers that are not finite, and later frames would see it: leave it out.")
+        F, S, _ = shape
         if self._frame_tokens not in (None, S):
             raise StreamError(
                 f"a frame of {S} tokens cannot follow frames of {self._frame_tokens}: "
@@ -153,15 +180,26 @@ class StreamEncoder:
         if not unbroken or (first.number > 0 and len(blocks) * first.tokens < self._window_tokens):
             raise StreamError(
                 f"blocks {numbers} do not fill the stream's window of {self._window_tokens} tokens: give its newest "
-                "blocks without a gap, or all of them."
+                "blocks without a gap, or all of them. Where one is lost, go on with StreamEncoder.after."
             )
+        self._take_up(blocks, last.number + 1)
+
+    def _take_up(self, blocks: Sequence[KvBlock], next_number: int) -> None:
+        """Go on to `next_number` with unbroken blocks; where they end before it or do not fill the window, some are
+        lost."""
         pages = [block.page_L2GSC.to(self._model.device) for block in blocks]
-        context_L2GTC = torch.cat((self._sink_L2GSC, *pages), dim=3)
-        self._kept_L2GWC = list(context_L2GTC[..., -self._window_tokens :, :])
-        self._seen_tokens += (last.number + 1) * last.tokens
-        self._frame_tokens = last.tokens
-        self._next_number = last.number + 1
-        self._last_start_s = last.start_s
+        sink_tokens = self._sink_L2GSC.shape[3]
+        if blocks:
+            self._frame_tokens = blocks[-1].tokens
+            self._last_start_s = blocks[-1].start_s
+        if len(blocks) == next_number:
+            pages.insert(0, self._sink_L2GSC)
+            self._seen_tokens = sink_tokens + next_number * blocks[-1].tokens
+        else:
+            pages.insert(0, self._sink_L2GSC[..., :0, :])
+            self._seen_tokens = sink_tokens + self._window_tokens
+        self._kept_L2GWC = list(torch.cat(pages, dim=3)[..., -self._window_tokens :, :])
+        self._next_number = next_number
 
 
 @dataclass(frozen=True, eq=False)

@@ -185,9 +185,9 @@ def _ranks_from(first: int, scores_N: Tensor, means_N: Tensor, group: int) -> Te
     start = first // group * group  # rows before it are in earlier groups than all of these
     tail_K = torch.arange(start, len(scores_N), device=scores_N.device)
     places_K = _in_order(tail_K, scores_N, means_N, group).argsort()
-    means = means_N.numpy()
+    means = means_N.detach().cpu().float().numpy()
     earlier = [np.count_nonzero(means[:start] >= mean) for mean in means[start:]]  # ten times as fast as torch's sum
-    return (torch.tensor(earlier) + places_K)[first - start :]
+    return (torch.tensor(earlier, dtype=torch.long, device=places_K.device) + places_K)[first - start :]
 
 
 def _in_order(rows_K: Tensor, scores_N: Tensor, means_N: Tensor, group: int) -> Tensor:

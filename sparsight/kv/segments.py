@@ -8,27 +8,26 @@ It keeps no pages in memory and knows no budgets. Used by `tiers`.
 """
 
 import fcntl
-import json
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
+from uuid import uuid4
 
 import numpy as np
-import torch
-import xxhash
 from torch import Tensor
 
 from sparsight.errors import StorageError, StreamError
-from sparsight.kv.block import DIGEST_BYTES, SINK_NUMBER, KvBlock, block_digest, row_digests
+from sparsight.kv.block import DIGEST_BYTES, SINK_NUMBER, KvBlock, row_digests
+from sparsight.kv.header import HEADER, SINK, Header
 from sparsight.kv.page import PageFormat
+from sparsight.kv.records import Array, Records, fitted, known, named_number, parse, records_of, whole, written
 from sparsight.storage import LocalStorage
 
-HEADER, SINK, LOCK = "stream.json", "sink.safetensors", "lock"
-VERSION = 1
+LOCK = "lock"
 PageState = Literal["whole", "damaged", "absent"]
 
 
@@ -40,70 +39,75 @@ class Place(NamedTuple):
     digests: bytes
 
 
-@dataclass(frozen=True)
-class Records:
-    """What a segment's index knows of its blocks, in time order."""
-
-    numbers_N: Tensor
-    spans_s_N2: Tensor
-    mean_keys_NLGC: Tensor
-    lost: tuple[int, ...]
-    """Blocks before these whose records are damaged."""
-
-
 class SegmentFolder:
-    """One stream's folder, held by one process at a time. Not for several threads at once, except `read`."""
+    """One stream's folder, held by one process at a time. Not for several threads at once, except what reads."""
 
-    def __init__(
-        self, folder: Path, lock: int, sink: KvBlock, page_format: PageFormat | None, segment_bytes: int
-    ) -> None:
+    def __init__(self, folder: Path, lock: int, header: Header, sink: KvBlock) -> None:
         """Only `create` and `open` call it."""
         self.folder = folder
+        self.header = header
         self.sink = sink
-        self.format = page_format
         self.places: dict[int, Place] = {}
-        self._segment_bytes = segment_bytes
         self._folder_name = str(folder)
         self._lock = lock
         self._count = 0
 
     @classmethod
-    def create(cls, folder: Path, lock: int, sink: KvBlock, segment_bytes: int) -> "SegmentFolder":
+    def create(cls, folder: Path, lock: int, sink: KvBlock, segment_bytes: int) -> Self:
         """A new stream in a locked folder. Raises `StreamError` where there is one, `StorageError` where nothing can be
         written."""
-        if (folder / HEADER).exists():
+        created = cls(folder, lock, Header(uuid4().hex, sink.digest, segment_bytes), sink)
+        if (folder / HEADER).exists() or created.known_segments:
             raise StreamError(f"'{folder}' holds a stream already: restore it, or choose another folder.")
         LocalStorage(folder).write_bytes(SINK, sink.to_bytes())
-        created = cls(folder, lock, sink, None, segment_bytes)
-        created._write_header(None)
+        created._write_header(created.header)
         return created
 
     @classmethod
-    def open(cls, folder: Path, lock: int) -> "SegmentFolder":
+    def open(cls, folder: Path, lock: int) -> Self:
         """The stream that is in a locked folder. Raises `StreamError` where it cannot be understood."""
         try:
-            header = json.loads(LocalStorage(folder).read_bytes(HEADER))
-            if header["version"] != VERSION:
-                raise StreamError(f"'{folder}' was written by another version: {header['version']}, not {VERSION}.")
-            page_format = None if header["format"] is None else PageFormat.from_json(header["format"])
+            header = Header.from_bytes(LocalStorage(folder).read_bytes(HEADER))
             sink = KvBlock.from_bytes(LocalStorage(folder).read_bytes(SINK))
-        except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StreamError(f"'{folder}' holds no stream that can be restored: {error}") from error
-        return cls(folder, lock, sink, page_format, int(header["segment_bytes"]))
+        except (StorageError, StreamError) as error:
+            raise StreamError(
+                f"'{folder}' holds no stream that can be restored: {error}. Put a copy of that file back, from the "
+                "stream's store if it has one, or restore the store into an empty folder."
+            ) from error
+        if sink.digest != header.sink_digest:
+            raise StreamError(f"'{folder}' has the {SINK} of another stream: put back its own.")
+        return cls(folder, lock, header, sink)
+
+    @property
+    def format(self) -> PageFormat | None:
+        """None before the first block."""
+        return self.header.format
+
+    @property
+    def known_format(self) -> PageFormat:
+        """That of a stream that has blocks."""
+        assert self.header.format is not None, "no block was ever put"
+        return self.header.format
+
+    @property
+    def count(self) -> int:
+        """How many pages there are, lost ones among them."""
+        return self._count
 
     @property
     def pages_per_segment(self) -> int:
-        return max(1, self._segment_bytes // self._known_format.page_bytes)
+        return max(1, self.header.segment_bytes // self.known_format.page_bytes)
 
     @property
     def full_bytes(self) -> int:
         """Bytes of a full segment's pages."""
-        return self.pages_per_segment * self._known_format.page_bytes
+        return self.pages_per_segment * self.known_format.page_bytes
 
     @property
     def known_segments(self) -> int:
-        """How many segments there are, from the names of the index files."""
-        return 1 + max((int(path.stem) for path in self.folder.glob("*.index")), default=-1)
+        """How many segments there are, from the names of the files."""
+        names = [path.stem for pattern in ("*.index", "*.pages") for path in self.folder.glob(pattern)]
+        return 1 + max((int(name) for name in names if name.isdigit()), default=-1)
 
     @property
     def full_segments(self) -> int:
@@ -131,18 +135,18 @@ class SegmentFolder:
         Raises `StorageError`; then nothing has changed.
         """
         if self.format is None:
-            self._write_header(blocks[0].format)
-            self.format = blocks[0].format
+            self._write_header(replace(self.header, format=blocks[0].format))
+        page_bytes = self.known_format.page_bytes
         segment, slot = divmod(self._count, self.pages_per_segment)
         blocks = blocks[: self.pages_per_segment - slot]
-        records_N = np.zeros(len(blocks), record_type(self.format))
-        for record, block in zip(records_N, blocks, strict=True):
-            _fill(record, block)
+        records_N = records_of(blocks)
         try:
-            _write_at(self.pages_path(segment), slot * self.format.page_bytes, [b.rows_LU.numpy() for b in blocks])
-            _write_at(self.index_path(segment), slot * records_N.itemsize, [records_N])
-            if slot == 0:
+            if slot == 0:  # pages without an index are never a killed writer's: they are damage
+                self.index_path(segment).touch()
+                self.pages_path(segment).touch()
                 _sync_folder(self.folder)
+            _write_at(self.pages_path(segment), slot * page_bytes, [block.rows_LU.numpy() for block in blocks])
+            _write_at(self.index_path(segment), slot * records_N.itemsize, [records_N])
         except OSError as error:
             raise StorageError(f"cannot write '{self.pages_path(segment)}': {error.strerror or error}") from error
         for shift, (record, block) in enumerate(zip(records_N, blocks, strict=True)):
@@ -155,129 +159,153 @@ class SegmentFolder:
         for segment, pages in groupby(numbers, lambda number: self.places[number].segment):
             with suppress(OSError):
                 file = os.open(self._pages_name(segment), os.O_RDONLY)
-                for number in pages:
-                    start_bytes = self.offset_bytes(number, layer)
-                    os.posix_fadvise(file, start_bytes, self._known_format.row_bytes, os.POSIX_FADV_WILLNEED)
-                os.close(file)
+                try:
+                    for number in pages:
+                        start_bytes = self.offset_bytes(number, layer)
+                        os.posix_fadvise(file, start_bytes, self.known_format.row_bytes, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(file)
 
     def read(self, number: int, first_layer: int, rows: Sequence[Tensor]) -> PageState:
-        """Fill `rows` (each [U]) with a page's rows from `first_layer` on, and check every one."""
-        segment = self.places[number].segment
-        buffers = [row_U.numpy().data for row_U in rows]
-        try:
-            file = os.open(self._pages_name(segment), os.O_RDONLY)
-        except FileNotFoundError:
+        """Fill `rows` (each [U]) with a page's rows from `first_layer` on, and check every one.
+
+        Raises `StorageError` where the file is there and does not open: another time it may.
+        """
+        file = self._open_pages(self.places[number].segment)
+        if file is None:
             return "absent"
+        buffers = [row_U.numpy().data for row_U in rows]
         try:
             got = os.preadv(file, buffers, self.offset_bytes(number, first_layer))
         except OSError:  # the disk cannot read it
             return "damaged"
         finally:
             os.close(file)
-        if got < len(rows) * self._known_format.row_bytes:
+        if got < len(rows) * self.known_format.row_bytes:
             return "damaged"
         return self.check(number, first_layer, rows)
 
+    def read_pages(self, segment: int) -> bytes:
+        """All of a segment's pages; nothing where they are missing or the disk cannot read all of them.
+
+        Raises `StorageError` as `read` does.
+        """
+        file = self._open_pages(segment)
+        if file is not None:
+            with suppress(OSError), os.fdopen(file, "rb") as pages:
+                return pages.read()
+        return b""
+
     def offset_bytes(self, number: int, layer: int) -> int:
         """Where one row of a page begins in its segment's file."""
-        return self.places[number].slot * self._known_format.page_bytes + layer * self._known_format.row_bytes
+        return self.places[number].slot * self.known_format.page_bytes + layer * self.known_format.row_bytes
 
     def check(self, number: int, first_layer: int, rows: Sequence[Tensor]) -> PageState:
         """Whether these are a page's rows from `first_layer` on."""
         found, start = row_digests(rows), first_layer * DIGEST_BYTES
         return "whole" if found == self.places[number].digests[start : start + len(found)] else "damaged"
 
+    def read_records(self, segment: int) -> Array:
+        """A segment's records, whole or not; none where the file is missing. Raises `StorageError`."""
+        path = self.index_path(segment)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            data = b""
+        except OSError as error:
+            raise StorageError(f"cannot read '{path}': {error.strerror or error}") from error
+        return parse(data, self.known_format)[: self.pages_per_segment]
+
+    def durable_records(self, segment: int, *, is_last: bool) -> Array:
+        """The records of all pages that became durable: all that fit, or in the last segment those before a torn end.
+
+        Where a record is missing, nobody's stands for it. Raises `StorageError`.
+        """
+        records_N = self.read_records(segment)
+        if not is_last:
+            return fitted(records_N, self.pages_per_segment)
+        pages_path = self.pages_path(segment)
+        if self.index_path(segment).exists() or not pages_path.exists():
+            return records_N[: written(records_N)]
+        pages = pages_path.stat().st_size // self.known_format.page_bytes
+        return fitted(records_N, min(pages, self.pages_per_segment))
+
+    def mend(self, segment: int, records_N: Array, pages: Mapping[int, Array]) -> None:
+        """Write a segment's records anew, and some of its pages, by slot. Raises `StorageError`."""
+        try:
+            for slot, page in pages.items():
+                _write_at(self.pages_path(segment), slot * self.known_format.page_bytes, [page])
+            _write_at(self.index_path(segment), 0, [records_N])
+            _sync_folder(self.folder)
+        except OSError as error:
+            raise StorageError(f"cannot write '{self.index_path(segment)}': {error.strerror or error}") from error
+
     def load(self) -> Iterator[Records]:
-        """Read all records, a segment at a time. What is torn at the end is forgotten; a damaged record before others
-        loses its block."""
+        """Read all records, a segment at a time. A damaged record loses its block, a torn end is forgotten.
+
+        A block whose record cannot name it any more is taken for the one after the block before.
+        """
         if self.format is None:
+            self._remove_segments()  # a killed `clear` left them
             return
-        last_number, unread = SINK_NUMBER, 0
-        for segment in range(self.known_segments):
-            found: list[Any] = []
+        newest, last_number, unnamed = self.sink.head, SINK_NUMBER, 0
+        last_segment = self.known_segments - 1
+        for segment in range(last_segment + 1):
+            records_N = self.durable_records(segment, is_last=segment == last_segment)
+            whole_N = whole(records_N)
             lost: list[int] = []
-            whole = self._whole_records(segment)
-            for slot in range(self.pages_per_segment):
-                if slot not in whole:
-                    unread += 1
+            for slot, record in enumerate(records_N):
+                number = int(record["number"]) if whole_N[slot] else named_number(record)
+                if number is None:
+                    unnamed += 1
                     continue
-                found.append(whole[slot])
-                number = int(whole[slot]["number"])
-                lost += range(last_number + 1, min(number, last_number + 1 + unread))
-                last_number, unread = number, 0
-                self.places[number] = Place(segment, slot, whole[slot]["row_digests"].tobytes())
-                self._count = segment * self.pages_per_segment + slot + 1
-            if found:
-                yield _records(found, lost)
-        if self._count == 0:
-            self.format = None  # its first block never became durable, so the next may be of another shape
+                lost += range(last_number + 1, min(number, last_number + 1 + unnamed))
+                last_number, unnamed = number, 0
+                if whole_N[slot]:
+                    self.places[number] = Place(segment, slot, record["row_digests"].tobytes())
+                else:
+                    lost.append(number)
+            if segment == last_segment:
+                lost += range(last_number + 1, last_number + 1 + unnamed)
+            if len(records_N):
+                self._count = segment * self.pages_per_segment + len(records_N)
+                records = known(records_N[whole_N], lost, newest, self.known_format)
+                newest = records.newest
+                yield records
+        if self._count == 0:  # its first block never became durable, so the next may be of another shape
+            self.header = replace(self.header, format=None)
+        elif not self.index_path(last_segment).exists():  # lost blocks, not a torn end, also after the next ones came
+            self.mend(last_segment, self.durable_records(last_segment, is_last=True), {})
 
     def clear(self) -> None:
-        """Remove all segments, newest first: a killed process leaves a shorter stream."""
-        for path in sorted(self.folder.glob("*.index"), reverse=True):
-            path.unlink()
-            path.with_suffix(".pages").unlink(missing_ok=True)
-        for path in self.folder.glob("*.pages"):
-            path.unlink()
-        self.format, self._count = None, 0
+        """Remove all segments. What is left is another stream: copies of the old one are not taken for its own."""
+        self._write_header(Header(uuid4().hex, self.sink.digest, self.header.segment_bytes))
+        self._remove_segments()
+        self._count = 0
         self.places.clear()
-        self._write_header(None)
 
     def close(self) -> None:
         """Let another process open the folder."""
         os.close(self._lock)
 
-    @property
-    def _known_format(self) -> PageFormat:
-        assert self.format is not None, "no block was ever put"
-        return self.format
+    def _open_pages(self, segment: int) -> int | None:
+        """A descriptor of a segment's pages; None where there are none."""
+        try:
+            return os.open(self._pages_name(segment), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(f"cannot open '{self.pages_path(segment)}': {error.strerror or error}") from error
 
-    def _whole_records(self, segment: int) -> dict[int, Any]:
-        """The records of a segment that are as they were written, by slot."""
-        path = self.index_path(segment)
-        data = path.read_bytes() if path.exists() else b""
-        kind = record_type(self._known_format)
-        records_N = np.frombuffer(data, kind, count=len(data) // kind.itemsize)
-        return {slot: record for slot, record in enumerate(records_N) if _checksum(record) == record["check"].tobytes()}
+    def _remove_segments(self) -> None:
+        for pattern in ("*.index", "*.pages"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
-    def _write_header(self, page_format: PageFormat | None) -> None:
-        known = None if page_format is None else page_format.to_json()
-        header = {"version": VERSION, "format": known, "segment_bytes": self._segment_bytes}
-        LocalStorage(self.folder).write_bytes(HEADER, json.dumps(header).encode())
+    def _write_header(self, header: Header) -> None:
+        LocalStorage(self.folder).write_bytes(HEADER, header.to_bytes())
         _sync_folder(self.folder)
-
-
-def record_type(page_format: PageFormat) -> np.dtype[Any]:
-    """One record of an index file; little-endian, without gaps."""
-    return np.dtype(
-        [
-            ("number", "<i8"),
-            ("start_s", "<f8"),
-            ("end_s", "<f8"),
-            ("row_digests", "u1", (page_format.layers, DIGEST_BYTES)),
-            ("mean_keys", "<f4", (page_format.layers, page_format.heads, page_format.width)),
-            ("check", "u1", DIGEST_BYTES),
-        ]
-    )
-
-
-def _records(found: Sequence[Any], lost: Sequence[int]) -> Records:
-    spans_s_N2 = torch.tensor([(float(r["start_s"]), float(r["end_s"])) for r in found], dtype=torch.float64)
-    mean_keys_NLGC = torch.from_numpy(np.stack([record["mean_keys"] for record in found]))
-    return Records(torch.tensor([int(r["number"]) for r in found]), spans_s_N2, mean_keys_NLGC, tuple(lost))
-
-
-def _fill(record: Any, block: KvBlock) -> None:
-    digests = row_digests(block.rows_LU)
-    assert block_digest(digests, block.mean_keys_LGC) == block.digest, "a block changed after it was made"
-    record["number"], record["start_s"], record["end_s"] = block.number, block.start_s, block.end_s
-    record["row_digests"] = np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
-    record["mean_keys"] = block.mean_keys_LGC.numpy()
-    record["check"] = np.frombuffer(_checksum(record), np.uint8)
-
-
-def _checksum(record: Any) -> bytes:
-    return xxhash.xxh3_128_digest(record.tobytes()[:-DIGEST_BYTES])
+        self.header = header
 
 
 def _write_at(path: Path, offset: int, parts: Sequence[np.ndarray[Any, Any]]) -> None:

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from sparsight.errors import LostBlockError, StorageError, StreamError
 from sparsight.kv.bank import BlockIndex, IndexRows, check_follows, index_row_bytes
-from sparsight.kv.block import BlockHead, KvBlock, block_digest
+from sparsight.kv.block import BlockHead, KvBlock
+from sparsight.kv.budget import MemoryBudget
 from sparsight.kv.disk import DiskBudget, DiskTier
 from sparsight.kv.page import PageFormat
 from sparsight.kv.row_cache import RowCache, keys_of
@@ -31,16 +31,6 @@ from sparsight.storage import Storage
 CPU = torch.device("cpu")
 FAR_READERS = 8
 """Requests to the object store at a time."""
-
-
-@dataclass(frozen=True)
-class MemoryBudget:
-    """`ram_bytes` covers the index, blocks on their way to the disk, cached rows, and a sixteenth for rows that are
-    read or gathered; the newest `recent_blocks` stay as far as they fit. `device_bytes` are the accelerator's."""
-
-    ram_bytes: int
-    device_bytes: int = 0
-    recent_blocks: int = 8
 
 
 class TieredBank:
@@ -57,6 +47,7 @@ class TieredBank:
         self._writer = ThreadPoolExecutor(1, "stream-write")
         self._prefetcher = ThreadPoolExecutor(1, "stream-prefetch")
         self._far_readers = ThreadPoolExecutor(FAR_READERS, "stream-far")
+        self._closed = False
         self._forget()
 
     @classmethod
@@ -84,7 +75,7 @@ class TieredBank:
         store: Storage | None = None,
         device: torch.device = CPU,
     ) -> Self:
-        """The stream that is in a folder or, where the folder lacks something, in the store.
+        """The stream that is in a folder or, where the folder lacks something, in the store, which it takes over.
 
         The newest pages that main memory has room for are read and checked, the others when they are asked for.
         Raises `StreamError` where there is no stream, or while another process has it.
@@ -113,6 +104,10 @@ class TieredBank:
         page_bytes = 0 if self._format is None else self._format.page_bytes
         return self.sink.nbytes + len(self) * (page_bytes + self.sink.mean_keys_LGC.nbytes)
 
+    @property
+    def next_number(self) -> int:
+        return self._last.number + 1
+
     def __len__(self) -> int:
         return len(self._numbers)
 
@@ -120,10 +115,11 @@ class TieredBank:
         """As `BlockBank.put`; the block is copied. It is not durable yet. While blocks cannot be written, the next put
         tries again first, and raises `StreamError` without keeping its own."""
         with self._putting:
-            if (block.number, block.digest) == (self._last.number, self._last.digest):
+            self._check_open()
+            if (block.number, block.digest) == (self._last.number, self._last.digest) and block.number in self._numbers:
                 return
             check_follows(block, self._last)
-            self._check_memory(block.format)
+            self._memory.check(block.format, self._index_bytes, cached_pages=1)
             self._disk.check_capacity(block.format, len(self) + len(self._lost))
             if self._format is None:
                 self._open_memory(block.format)
@@ -138,6 +134,7 @@ class TieredBank:
 
     def flush(self) -> None:
         """Return when every block put so far survives the end of this process. Raises `StreamError` if one cannot."""
+        self._check_open()
         self._writer.submit(self._write).result()
 
     def upload(self) -> None:
@@ -171,17 +168,21 @@ class TieredBank:
 
     def prefetch(self, numbers: Sequence[int]) -> "Future[None]":
         """Bring whole blocks into main memory behind the caller's back; blocks that turn out lost are left out."""
+        self._check_open()
         return self._prefetcher.submit(self._fetch_blocks, list(numbers))
 
     def verify(self) -> Mapping[int, str]:
         """Read every page from where it is durable and check it; what is not whole is lost then. Returns `lost`."""
+        numbers: list[int] = self.index().numbers_N.tolist()
         self.flush()
-        for number in self.index().numbers_N.tolist():
-            self._read(number, 0, list(self._known(number).empty_rows(self._known(number).layers)))
+        for number in numbers:
+            with suppress(LostBlockError):
+                self._read(number, 0, list(self._known(number).empty_rows(self._known(number).layers)))
         return self.lost
 
     def clear(self) -> None:
         with self._putting:
+            self._check_open()
             self._prefetcher.submit(lambda: None).result()
             self._writer.submit(lambda: None).result()
             self._disk.clear()
@@ -189,13 +190,16 @@ class TieredBank:
 
     def close(self) -> None:
         """Write what waits, end the threads, let another process open the stream. Raises `StreamError` for blocks that
-        could not be written; they are gone then."""
+        could not be written; they are gone then. A closed bank stays closed."""
+        if self._closed:
+            return
         try:
             self.flush()
         finally:
             self._prefetcher.shutdown()
             self._far_readers.shutdown()
             self._writer.shutdown()
+            self._closed = True
             self._disk.close()
 
     def _forget(self) -> None:
@@ -211,15 +215,19 @@ class TieredBank:
         self._near: RowCache | None = None
 
     def _open_memory(self, page_format: PageFormat) -> None:
-        """Reserve all memory: how much is known with the first page."""
-        self._format = page_format
-        self._index = self._new_index(page_format)
-        pages = self._waiting_bytes(page_format) // page_format.page_bytes
-        self._waiting = WaitingBlocks(pages, page_format.layers, page_format.row_bytes)
-        self._ram = RowCache(page_format.row_bytes, self._cache_rows(page_format), CPU)
-        if self._memory.device_bytes:
-            capacity = self._memory.device_bytes // page_format.row_bytes
-            self._near = RowCache(page_format.row_bytes, capacity, self._device)
+        """Reserve all memory: how much is known with the first page. Raises `StreamError` where it cannot be had."""
+        memory = self._memory
+        pages = memory.waiting_bytes(page_format) // page_format.page_bytes
+        try:
+            index = self._new_index(page_format)
+            waiting = WaitingBlocks(pages, page_format.layers, page_format.row_bytes)
+            ram = RowCache(page_format.row_bytes, memory.cache_rows(page_format, self._index_bytes), CPU)
+            if memory.device_bytes:
+                capacity = memory.device_bytes // page_format.row_bytes
+                self._near = RowCache(page_format.row_bytes, capacity, self._device)
+        except (MemoryError, OSError, RuntimeError) as error:
+            raise StreamError(f"{memory} cannot be reserved: {error}. Give the stream less.") from error
+        self._format, self._index, self._waiting, self._ram = page_format, index, waiting, ram
 
     def _new_index(self, page_format: PageFormat) -> IndexRows:
         """With room for as many blocks as disk and memory allow."""
@@ -229,22 +237,10 @@ class TieredBank:
         )
         return IndexRows(self.sink.mean_keys_LGC, most_rows)
 
-    def _waiting_bytes(self, page_format: PageFormat) -> int:
-        return max(page_format.page_bytes, self._memory.ram_bytes // 16)
-
-    def _cache_rows(self, page_format: PageFormat) -> int:
-        """Rows that main memory has room for beside waiting blocks and an index with one row more than now."""
-        ram_bytes, index_rows = self._memory.ram_bytes, len(self._index) + 1
-        index_bytes = index_rows * index_row_bytes(self.sink.mean_keys_LGC)
-        free_bytes = ram_bytes - ram_bytes // 16 - index_bytes - self._waiting_bytes(page_format)
-        return free_bytes // page_format.row_bytes
-
-    def _check_memory(self, page_format: PageFormat) -> None:
-        if self._cache_rows(page_format) < page_format.layers:
-            raise StreamError(
-                f"{self._memory.ram_bytes} bytes of main memory, a sixteenth kept free, have no room beside the index "
-                f"of {len(self)} blocks for two pages of {page_format.page_bytes}: give the stream more, or close it."
-            )
+    @property
+    def _index_bytes(self) -> int:
+        """Of an index with one row more than now."""
+        return (len(self._index) + 1) * index_row_bytes(self.sink.mean_keys_LGC)
 
     def _take_as_newest(self, head: BlockHead) -> None:
         self._last = head
@@ -254,7 +250,7 @@ class TieredBank:
         self._give_way(head.format)
 
     def _give_way(self, page_format: PageFormat) -> None:
-        rows = self._cache_rows(page_format)
+        rows = self._memory.cache_rows(page_format, self._index_bytes)
         if rows < self._ram.capacity:
             self._ram.shrink(max(0, rows - rows // 16))  # a sixteenth more, so that it happens rarely
 
@@ -284,14 +280,14 @@ class TieredBank:
             page_format = self._disk.format
             assert page_format is not None
             if self._format is None:
+                self._memory.check(page_format, self._index_bytes, cached_pages=0)
                 self._open_memory(page_format)
             self._numbers.update(records.numbers_N.tolist())
             self._index.extend(records.numbers_N, records.spans_s_N2, records.mean_keys_NLGC)
-            self._lost.update(dict.fromkeys(records.lost, "its record is damaged"))
-            number, start_s = int(records.numbers_N[-1]), float(records.spans_s_N2[-1, 0])
-            digest = block_digest(self._disk.digests(number), records.mean_keys_NLGC[-1].contiguous())
-            self._last = BlockHead(number, start_s, page_format, digest)
+            self._lost.update(dict.fromkeys(records.lost, "its record is damaged or missing"))
+            self._last = records.newest
         if self._format is not None:
+            self._memory.check(self._format, self._index_bytes, cached_pages=0)
             self._give_way(self._format)
             numbers: list[int] = self._index.snapshot().numbers_N.tolist()
             self._recent.extend(numbers)
@@ -383,8 +379,13 @@ class TieredBank:
             if self._near is not None:
                 self._near.forget(keys)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StreamError("this stream was closed: restore it from its folder.")
+
     def _known(self, *numbers: int) -> PageFormat:
-        """The stream's format. Raises `StreamError` for a block that it does not have."""
+        """The stream's format. Raises `StreamError` for a block that it does not have, or when it is closed."""
+        self._check_open()
         for number in numbers:
             if number in self._lost:
                 raise LostBlockError(f"block {number} is lost, {self._lost[number]}: ask again, without it.")

@@ -2,9 +2,10 @@
 
 Of every interval of 1 / rate seconds the first frame that begins in it is taken: no frame twice, none invented, and
 none later than it was shown, so a live source is sampled like a stored one. Videos are untrusted: container formats are
-listed, nothing that a file refers to is opened, and bytes, pixels and seconds are limited. Damage is an error, never
-a frame. Frames keep the video's size; resizing and normalising belong to the model's processor. Memory holds a few
-frames. Called by whoever feeds a stream.
+listed, nothing that a file refers to is opened, and bytes, pixels and seconds are limited. Damage that container or
+decoder notice is an error, never a frame; most containers have no checksums, so packets that are wiped out whole can
+vanish unnoticed. Frames keep the video's size; resizing and normalising belong to the model's processor. Memory holds a
+few frames. Called by whoever feeds a stream.
 """
 
 import math

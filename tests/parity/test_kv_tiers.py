@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsight.kv.answerer import Answer, Ask, StreamAnswerer
-from sparsight.kv.bank import BlockBank
+from sparsight.kv.bank import BlockBank, RamBank
 from sparsight.kv.disk import DiskBudget
 from sparsight.kv.encoder import StreamEncoder
 from sparsight.kv.retrieve import BestAndRecent
@@ -55,6 +55,31 @@ def test_an_encoder_goes_on_from_a_restored_bank(stream: TinyStream, tmp_path: P
         pages_R2GSC = bank.gather(2, list(range(FRAMES)))
         expected_R2GSC = torch.stack([block.page_L2GSC[2] for block in blocks])
         torch.testing.assert_close(pages_R2GSC, expected_R2GSC, atol=2e-5, rtol=2e-5)
+
+
+def test_an_encoder_goes_on_behind_a_damaged_page(stream: TinyStream, tmp_path: Path) -> None:
+    """Block 8 is in the window of the next frame, and block 9 is the newest: numbers go on behind what is lost."""
+    frames_FSD = frames_of(stream, FRAMES)
+    sink, blocks = encode(stream, frames_FSD, WINDOW)
+    memory, disk = MemoryBudget(2**22), DiskBudget(2**30, segment_bytes=blocks[0].rows_LU.nbytes)
+    for lost in (8, 9):
+        folder = tmp_path / str(lost)
+        with TieredBank.create(folder, sink, memory, disk) as bank:
+            for block in blocks[:10]:
+                bank.put(block)
+        (folder / f"{lost:05d}.pages").unlink()
+        with TieredBank.restore(folder, memory, disk) as bank:
+            encoder = StreamEncoder.after(stream.kv_model, bank, WINDOW)
+            assert list(bank.lost) == [lost]
+            for block in encoder.encode(frames_FSD[10:], spans_of(FRAMES - 10, 10)):
+                bank.put(block)
+            assert bank.index().numbers_N.tolist() == [number for number in range(FRAMES) if number != lost]
+            found = ask(stream, bank, best=FRAMES)
+        kept = RamBank(sink, 2**30)
+        with TieredBank.restore(folder, memory, disk) as bank:
+            for number in bank.index().numbers_N.tolist():
+                kept.put(bank.get(number))
+        assert ask(stream, kept, best=FRAMES) == found
 
 
 def test_a_lost_block_is_as_if_it_had_never_been(stream: TinyStream, tmp_path: Path) -> None:

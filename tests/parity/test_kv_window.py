@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsight.kv.bank import BlockIndex, RamBank
 from sparsight.kv.block import KvBlock
 from sparsight.kv.encoder import StreamEncoder, encode_sink
 from tests.unit.kv.tiny_stream import (
@@ -30,7 +31,8 @@ class EveryPair:
     """The rule: a token sees those less than `window` before it at their distance, and the sink tokens further back at
     distance window - 1. Attends the whole stream at once, one query after the other."""
 
-    def __init__(self, stream: TinyStream, window: int) -> None:
+    def __init__(self, stream: TinyStream, window: int, far_sink: bool = False) -> None:
+        self._far_sink = far_sink  # frames see the sink as if it had left the window
         self.keys_and_values_2GTC: list[Tensor] = []
         self._window = window
         self._inverse_C2 = stream.text_model.get_submodule("rotary_emb").inv_freq
@@ -43,6 +45,8 @@ class EveryPair:
         for token in range(queries_HTC.shape[1]):
             seen = [key for key in range(token + 1) if key < SINK_TOKENS or token - key < self._window]
             distances_K = torch.tensor([min(token - key, self._window - 1) for key in seen])
+            if self._far_sink and token >= SINK_TOKENS:
+                distances_K[:SINK_TOKENS] = self._window - 1
             queries_HKC = self._turned(queries_HTC[:, token, None], distances_K)
             weights_HK = ((queries_HKC * keys_HTC[:, seen]).sum(-1) * scale).softmax(-1)
             outputs_HC.append((weights_HK[..., None] * values_HTC[:, seen]).sum(1))
@@ -94,6 +98,60 @@ def test_another_encoder_goes_on_from_the_newest_blocks(
     assert [block.number for block in rest] == list(range(before, FRAMES))
     for block, expected in zip(rest, blocks[before:], strict=True):
         torch.testing.assert_close(block.page_L2GSC, expected.page_L2GSC, atol=2e-5, rtol=2e-5)
+
+
+class Forgetful(RamBank):
+    """A bank that has lost blocks."""
+
+    lost: frozenset[int] = frozenset()
+
+    def index(self) -> BlockIndex:
+        return super().index().without(self.lost)
+
+
+def test_a_stream_goes_on_behind_lost_blocks(stream: TinyStream) -> None:
+    """Everything is lost: what comes is encoded as behind a sink that has left the window, and nothing else."""
+    window, before = 23, 4
+    frames_FSD = frames_of(stream, FRAMES)
+    sink, blocks = encode(stream, frames_FSD[:before], window)
+    bank = Forgetful(sink, 2**30)
+    for block in blocks:
+        bank.put(block)
+    bank.lost = frozenset(range(before))
+    pairs = EveryPair(stream, window, far_sink=True)
+    stream.kv_model.run(torch.cat((stream.kv_model.embed(SINK_IDS), frames_FSD[before:].flatten(0, 1))), pairs)
+    expected_L2GTC = torch.stack(pairs.keys_and_values_2GTC)[..., SINK_TOKENS:, :]
+    heir = StreamEncoder.after(stream.kv_model, bank, window)
+    rest = heir.encode(frames_FSD[before:], spans_of(FRAMES - before, before))
+    assert [block.number for block in rest] == list(range(before, FRAMES))
+    pages = torch.cat([block.page_L2GSC for block in rest], dim=3)
+    torch.testing.assert_close(pages, expected_L2GTC, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("lost", [set(), {0}, {2}, {5}, {1, 4}])
+@pytest.mark.parametrize("window", [23, 500])
+def test_the_window_begins_behind_the_newest_lost_block(stream: TinyStream, window: int, lost: set[int]) -> None:
+    frames_FSD, before = frames_of(stream, FRAMES), 6
+    sink, blocks = encode(stream, frames_FSD, window)
+    bank = Forgetful(sink, 2**30)
+    for block in blocks[:before]:
+        bank.put(block)
+    bank.lost = frozenset(lost)
+    ways = []
+    for chunk in (1, 3):
+        heir = StreamEncoder.after(stream.kv_model, bank, window)
+        behind = before - 1 - max(lost, default=-1)
+        tokens = behind * FRAME_TOKENS + (SINK_TOKENS if not lost else 0)
+        assert heir.kept_tokens == min(tokens, window)
+        ways.append([])
+        for start in range(before, FRAMES, chunk):
+            ways[-1] += heir.encode(frames_FSD[start : start + chunk], spans_of(chunk, start))
+    for block, other, whole in zip(*ways, blocks[before:], strict=True):
+        assert block.number == other.number == whole.number
+        torch.testing.assert_close(block.page_L2GSC, other.page_L2GSC, atol=2e-5, rtol=2e-5)
+        reaches_a_lost_one = lost and (before - max(lost)) * FRAME_TOKENS < window + FRAME_TOKENS
+        if not reaches_a_lost_one:
+            torch.testing.assert_close(block.page_L2GSC, whole.page_L2GSC, atol=2e-5, rtol=2e-5)
 
 
 def test_what_is_kept_and_what_is_seen_is_bounded(stream: TinyStream) -> None:

@@ -183,6 +183,25 @@ def test_a_question_that_is_refused_harms_no_other(stream: TinyStream, answerer:
     assert said(answerer.ask_all(asks[1:2])[0]) == expected[0], "the stream is as it was"
 
 
+def test_what_cannot_be_answered_is_refused_before_anything_is_read(stream: TinyStream, bank: RamBank) -> None:
+    """Else it would hold up all questions that are asked with it."""
+    answerer = StreamAnswerer(stream.kv_model, stream.head)
+    passes: list[int] = []
+    hook = stream.text_model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
+    other = tiny_stream("qwen3_moe", dtype=torch.bfloat16)
+    foreign = bank_of(*encode(other, frames_of(other, 2)))
+    refused = [
+        Ask(bank, PROMPT_IDS.repeat(100), BestAndRecent(3), 4),
+        Ask(bank, PROMPT_IDS, BestAndRecent(3), -1),
+        Ask(foreign, PROMPT_IDS, BestAndRecent(3), 4),
+    ]
+    errors = [str(answer) for answer in answerer.ask_all(refused)]
+    hook.remove()
+    for error, why in zip(errors, ("the model takes 512", "-1 tokens is impossible", "torch.bfloat16"), strict=True):
+        assert why in error
+    assert passes == []
+
+
 def test_a_stream_that_was_empty_answers_when_it_has_frames(stream: TinyStream, answerer: StreamAnswerer) -> None:
     sink, blocks = encode(stream, frames_of(stream, 3))
     bank = RamBank(sink, 2**30)

@@ -1,6 +1,7 @@
 """Blocks: one page, its views, its digest, its way through bytes."""
 
 import pickle
+from contextlib import suppress
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_one_flipped_bit_is_noticed() -> None:
     data[bytes(data).index(page) + len(page) // 2] ^= 1
     with pytest.raises(StreamError, match="block 7 does not match its digest"):
         KvBlock.from_bytes(bytes(data))
+
+
+def test_no_flipped_bit_goes_unnoticed() -> None:
+    """Nor does one in the block's number, times or format."""
+    block = KvBlock.from_page(7, 1.5, 2.0, torch.ones(1, 2, 1, 1, 2))
+    data = bytearray(block.to_bytes())
+    for place in range(len(data)):
+        for bit in range(8):
+            data[place] ^= 1 << bit
+            with suppress(StreamError):
+                assert fields(KvBlock.from_bytes(bytes(data))) == fields(block), (place, bit)
+            data[place] ^= 1 << bit
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100, -1])

@@ -49,11 +49,14 @@ def test_refused_frames_change_nothing(stream: TinyStream, spans_s: list[tuple[f
     blocks = encoder.encode(frames_FSD[:2], spans_of(2))
     with pytest.raises(StreamError):
         encoder.encode(frames_FSD[2:], spans_s)
-    with pytest.raises(StreamError, match="of width 63"):
-        encoder.encode(frames_FSD[2:, :, :-1], spans_of(2, 2))
+    for unfit_FSD in (frames_FSD[2:, :, :-1], frames_FSD[2:, :0], frames_FSD[2:, 0]):
+        with pytest.raises(StreamError, match="for a text model of width 64"):
+            encoder.encode(unfit_FSD, spans_of(2, 2))
+    with pytest.raises(StreamError, match="not finite"):
+        encoder.encode(frames_FSD[2:].log(), spans_of(2, 2))
     with pytest.raises(StreamError, match="a frame of 4 tokens cannot follow frames of 5"):
         encoder.encode(frames_FSD[2:, :-1], spans_of(2, 2))
-    with pytest.raises(StreamError, match="give at least one frame"):
+    with pytest.raises(StreamError, match="a span a frame"):
         encoder.encode(frames_FSD[:0], [])
     blocks += encoder.encode(frames_FSD[2:], spans_of(2, 2))
     assert [block.number for block in blocks] == [0, 1, 2, 3]

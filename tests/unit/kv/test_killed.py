@@ -6,26 +6,48 @@ from pathlib import Path
 
 from sparsight.kv.bank import RamBank
 from sparsight.kv.tiers import TieredBank
-from tests.unit.kv.random_blocks import block_of, contents, sink_of
-from tests.unit.kv.stream_writer import DISK, MEMORY
+from sparsight.storage import LocalStorage
+from tests.unit.kv.random_blocks import contents, sink_of
+from tests.unit.kv.stream_writer import DISK, MEMORY, SMALL_DISK, frame
 
 REPOSITORY = Path(__file__).parents[3]
 
 
-def test_what_was_durable_survives_sigkill(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.unit.kv.stream_writer", str(tmp_path)]
+def said_until_killed(lines: int, *arguments: str) -> dict[str, int]:
+    """The most that a writer said of each kind, killed some time after so many lines."""
+    command = [sys.executable, "-m", "tests.unit.kv.stream_writer", *arguments]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
-        said = [int(writer.stdout.readline()) for _ in range(20)]
+        said = [writer.stdout.readline() for _ in range(lines)]
         writer.kill()
-        said += [int(line) for line in writer.stdout]
+        said += list(writer.stdout)
+    return {what: int(blocks) for what, blocks in map(str.split, said)}
+
+
+def assert_goes_on(bank: TieredBank, least: int) -> None:
+    assert len(bank) >= least
+    assert not bank.verify()
+    twin = RamBank(sink_of(), 2**30)
+    for number in range(len(bank)):
+        twin.put(frame(number))
+    assert contents(bank) == contents(twin)
+    for more in (bank, twin):
+        more.put(frame(len(more)))
+    assert contents(bank) == contents(twin)
+
+
+def test_what_was_durable_survives_sigkill(tmp_path: Path) -> None:
+    said = said_until_killed(20, str(tmp_path))
+    assert said["durable"] >= 58
     with TieredBank.restore(tmp_path, MEMORY, DISK) as bank:
-        assert len(bank) >= said[-1] >= 58
-        assert not bank.verify()
-        twin = RamBank(sink_of(), 2**30)
-        for number in range(len(bank)):
-            twin.put(block_of(number))
-        assert contents(bank) == contents(twin)
-        for more in (bank, twin):
-            more.put(block_of(len(more)))
-        assert contents(bank) == contents(twin)
+        assert_goes_on(bank, said["durable"])
+
+
+def test_what_was_uploaded_survives_sigkill_and_the_loss_of_the_folder(tmp_path: Path) -> None:
+    folder, store = tmp_path / "stream", LocalStorage(tmp_path / "store")
+    said = said_until_killed(60, str(folder), store.uri)
+    assert not (folder / "00000.pages").exists(), "segments left the folder"
+    with TieredBank.restore(tmp_path / "elsewhere", MEMORY, SMALL_DISK, store) as bank:
+        assert_goes_on(bank, said["uploaded"])
+    with TieredBank.restore(folder, MEMORY, SMALL_DISK, store) as bank:
+        assert_goes_on(bank, said["durable"])

@@ -51,6 +51,7 @@ def test_groups_are_chosen_as_one_would_by_hand(blocks: int, best: int, recent: 
     assert len(found.rows_R) == min(blocks, best + recent), "as many in every layer, whatever the scores"
     if best >= blocks:
         assert sorted(found.ranks_R.tolist()) == list(range(blocks))
+        assert found.ranks_R.dtype == torch.long
 
 
 def test_the_last_group_is_averaged_over_what_it_has() -> None:

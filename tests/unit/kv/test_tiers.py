@@ -231,9 +231,57 @@ def test_budgets_refuse_and_keep_what_is_there(tmp_path: Path) -> None:
     tiny = MemoryBudget(PAGE_BYTES + 100)
     with (
         filled(tmp_path / "ram", 0, tiny) as bank,
-        pytest.raises(StreamError, match="no room beside the index of 0 blocks for two pages"),
+        pytest.raises(StreamError, match=r"no room beside an index of \d+ for \d pages"),
     ):
         bank.put(block_of(0))
+    with filled(tmp_path / "restored", 3):
+        pass
+    with pytest.raises(StreamError, match=r"no room beside an index of \d+ for \d pages"):
+        TieredBank.restore(tmp_path / "restored", tiny, DISK)
+    with TieredBank.restore(tmp_path / "restored", MEMORY, DISK) as bank:
+        assert_same(bank, twin_of(3))
+    for wrong in ({"ram_bytes": -1}, {"device_bytes": -1}, {"recent_blocks": -1}):
+        with pytest.raises(StreamError, match="give numbers of at least 0"):
+            MemoryBudget(**{"ram_bytes": 2**20, **wrong})
+
+
+def test_memory_that_cannot_be_had_is_one_error(tmp_path: Path) -> None:
+    with filled(tmp_path, 0, MemoryBudget(2**60)) as bank:
+        for _ in range(2):
+            with pytest.raises(StreamError, match="cannot be reserved"):
+                bank.put(block_of(0))
+        assert len(bank) == 0
+
+
+def test_a_closed_bank_says_so_and_touches_nothing(tmp_path: Path) -> None:
+    bank = filled(tmp_path, 3)
+    bank.close()
+    with (tmp_path / "lock").open() as another:  # its descriptor is the bank's old one, perhaps
+        bank.close()
+        assert another.read() == ""
+    for use in (
+        lambda: bank.put(block_of(3)),
+        lambda: bank.get(0),
+        lambda: bank.gather(0, [0]),
+        lambda: bank.prefetch([0]),
+        bank.flush,
+        bank.upload,
+        bank.verify,
+        bank.clear,
+    ):
+        with pytest.raises(StreamError, match="was closed"):
+            use()
+    with TieredBank.restore(tmp_path, MEMORY, DISK) as again:
+        assert_same(again, twin_of(3))
+
+
+def test_pages_are_verified_while_others_come(tmp_path: Path) -> None:
+    with filled(tmp_path, 1, MemoryBudget(2**20)) as bank, ThreadPoolExecutor(1) as putter:
+        put = putter.submit(lambda: [bank.put(block_of(number)) for number in range(1, 200)])
+        while not put.done():
+            assert bank.verify() == {}
+        put.result()
+        assert len(bank) == 200
 
 
 def test_memory_stays_within_its_budget(tmp_path: Path) -> None:

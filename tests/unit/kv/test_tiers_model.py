@@ -1,7 +1,8 @@
-"""Any order of puts, reads, flushes, uploads, damage, crashes and restores, against a plain dictionary.
+"""Any order of puts, reads, flushes, uploads, damage, crashes, moves and restores, against a plain dictionary.
 
-The dictionary knows which blocks were put, how many of them are durable, and which pages were damaged. After a crash a
-bank holds some prefix of what was put that has every durable block; `test_killed` has a crash that is real.
+The dictionary knows which blocks were put, how many of them are durable, how many are in the store, and which are lost:
+those whose page or record was damaged where the store did not have it. After a crash a bank holds some prefix of what
+was put that has every durable block; `test_killed` has a crash that is real.
 """
 
 import shutil
@@ -18,16 +19,19 @@ from sparsight.kv.bank import BlockBank, RamBank
 from sparsight.kv.block import KvBlock
 from sparsight.kv.disk import DiskBudget
 from sparsight.kv.page import Encoding
-from sparsight.kv.segments import record_type
+from sparsight.kv.records import record_type
 from sparsight.kv.tiers import MemoryBudget, TieredBank
 from sparsight.storage import LocalStorage
 from tests.unit.kv.random_blocks import LAYERS, PAGE_BYTES, block_of, sink_of
 
-SEGMENT_PAGES = 3
+SEGMENT_PAGES, MOST_BLOCKS = 3, 30
+HEAD_BYTES = 40
+"""Of a record: number and times, and their checksum. `test_store_damage` damages them."""
 
 
 class BankMachine(RuleBasedStateMachine):
-    """One stream; `put` is every block that it took, by number, and `damaged` the numbers whose page is broken."""
+    """One stream; `put` is every block that it took, by number, `lost` the numbers that it cannot have any more, and
+    `copied` how many of the first blocks the store has."""
 
     @initialize(
         encoding=st.sampled_from(["plain", "int8", "int4"]),
@@ -40,13 +44,16 @@ class BankMachine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp())
         self.lives = 0
         self.encoding: Encoding = encoding
-        self.segment_bytes = SEGMENT_PAGES * block_of(0, encoding=encoding).rows_LU.nbytes
+        page_format = block_of(0, encoding=encoding).format
+        self.page_bytes, self.record_bytes = page_format.page_bytes, record_type(page_format).itemsize
+        segment_bytes = SEGMENT_PAGES * self.page_bytes
         self.memory = MemoryBudget(ram_pages * PAGE_BYTES, device_pages * PAGE_BYTES, recent)
-        self.disk = DiskBudget(2**15, 2**20 if with_store else 0, self.segment_bytes)
+        three_segments_bytes = 3 * segment_bytes + MOST_BLOCKS * self.record_bytes
+        self.disk = DiskBudget(three_segments_bytes if with_store else 2**15, 2**20, segment_bytes)
         self.store = LocalStorage(self.root / "store") if with_store else None
         self.put: dict[int, KvBlock] = {}
-        self.damaged: set[int] = set()
-        self.durable = 0
+        self.lost: set[int] = set()
+        self.durable = self.copied = 0
         self.bank = TieredBank.create(self.folder, sink_of(), self.memory, self.disk, self.store)
 
     @property
@@ -55,23 +62,30 @@ class BankMachine(RuleBasedStateMachine):
 
     @property
     def whole(self) -> list[int]:
-        return [number for number in sorted(self.put) if number not in self.damaged]
+        return [number for number in sorted(self.put) if number not in self.lost]
+
+    def close(self) -> None:
+        """Everything is durable then, and what is full was copied."""
+        self.bank.close()
+        self.durable = len(self.put)
+        if self.store is not None:
+            self.copied = max(self.copied, self.durable // SEGMENT_PAGES * SEGMENT_PAGES)
 
     def restore(self) -> None:
-        """Open the stream again; every damaged page, and no other, is found."""
+        """Open the stream again; every lost block, and no other, is found."""
         self.bank = TieredBank.restore(self.folder, self.memory, self.disk, self.store)
         lost = set(self.bank.verify())
         kept = len(self.bank) + len(lost)
-        assert self.durable <= kept <= len(self.put)
+        assert max(self.durable, self.copied) <= kept <= len(self.put)
         self.put = {number: self.put[number] for number in sorted(self.put)[:kept]}
         self.durable = kept
-        self.damaged &= set(self.put)
-        assert lost == self.damaged
+        self.lost &= set(self.put)
+        assert lost == self.lost
 
     @rule(skip=st.integers(0, 2))
     def put_the_next(self, skip: int) -> None:
         block = block_of(max(self.put, default=-1) + 1 + skip, encoding=self.encoding)
-        if len(self.put) == 30:
+        if len(self.put) == MOST_BLOCKS:
             return
         self.bank.put(block)
         self.put[block.number] = block
@@ -79,9 +93,9 @@ class BankMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.put)
     @rule(back=st.integers(0, 3))
     def put_an_old_one(self, back: int) -> None:
-        """The last may be put again, any other is refused."""
+        """The last may be put again if it is not lost, any other is refused."""
         number = sorted(self.put)[max(0, len(self.put) - 1 - back)]
-        if number == max(self.put):
+        if number == max(self.put) and number not in self.lost:
             self.bank.put(self.put[number])
             return
         try:
@@ -97,15 +111,15 @@ class BankMachine(RuleBasedStateMachine):
         expected = torch.stack([self.put[number].page_L2GSC[layer] for number in numbers])
         assert torch.equal(self.bank.gather(layer, numbers), expected)
 
-    @precondition(lambda self: self.damaged)
+    @precondition(lambda self: self.lost)
     @rule(data=st.data(), layer=st.integers(0, LAYERS - 1))
     def gather_what_is_lost(self, data: st.DataObject, layer: int) -> None:
-        numbers = [*self.whole[:2], data.draw(st.sampled_from(sorted(self.damaged)))]
+        numbers = [*self.whole[:2], data.draw(st.sampled_from(sorted(self.lost)))]
         try:
             self.bank.gather(layer, numbers)
         except LostBlockError:
             return
-        raise AssertionError("a damaged page was used")
+        raise AssertionError("a lost block was used")
 
     @precondition(lambda self: self.whole)
     @rule(data=st.data())
@@ -127,55 +141,68 @@ class BankMachine(RuleBasedStateMachine):
         else:
             self.bank.flush()
         self.durable = len(self.put)
+        if upload and self.store is not None:
+            self.copied = self.durable
 
     @rule()
     def close_and_restore(self) -> None:
-        self.bank.close()
-        self.durable = len(self.put)
+        self.close()
         self.restore()
 
     @rule(data=st.data(), torn_bytes=st.integers(0, 50))
     def crash_and_restore(self, data: st.DataObject, torn_bytes: int) -> None:
         """Another process sees the files as they were at some moment since the last durable point."""
-        self.bank.close()
-        if self.store is not None:  # what it holds was durable before
-            self.durable = len(self.put)
+        durable = self.durable
+        self.close()
+        self.durable = durable
         kept = data.draw(st.integers(self.durable, len(self.put)))
         old = self.folder
         self.lives += 1
         shutil.copytree(old, self.folder)
-        record_bytes = record_type(block_of(0, encoding=self.encoding).format).itemsize
         for segment, path in enumerate(sorted(self.folder.glob("*.index"))):
             records = max(0, kept - segment * SEGMENT_PAGES)
             content = path.read_bytes()
-            path.write_bytes(content[: records * record_bytes + (torn_bytes if records < SEGMENT_PAGES else 0)])
+            path.write_bytes(content[: records * self.record_bytes + (torn_bytes if records < SEGMENT_PAGES else 0)])
             if kept < segment * SEGMENT_PAGES:
                 path.unlink()
+                path.with_suffix(".pages").unlink(missing_ok=True)
         self.restore()
-        assert len(self.put) == kept
+        assert len(self.put) == max(kept, self.copied)
 
-    @precondition(lambda self: self.whole and self.store is None)
-    @rule(data=st.data(), layer=st.integers(0, LAYERS - 1))
-    def damage(self, data: st.DataObject, layer: int) -> None:
-        """Flip a bit of a page; the bank must notice before it uses that page again, and lose nothing else."""
+    @precondition(lambda self: self.copied)
+    @rule()
+    def move_to_another_machine(self) -> None:
+        """All that is left is the store."""
+        self.close()
+        self.durable = self.copied
+        self.lives += 1
+        self.restore()
+        assert len(self.put) == self.copied
+
+    @precondition(lambda self: self.whole)
+    @rule(data=st.data(), kind=st.sampled_from(["pages", "index"]), place=st.floats(0, 1, exclude_max=True))
+    def damage(self, data: st.DataObject, kind: str, place: float) -> None:
+        """Flip a bit of a page or of a record; that block and no other is lost, if the store does not have it."""
         number = data.draw(st.sampled_from(self.whole))
-        self.bank.close()
-        self.durable = len(self.put)
-        self.damaged.add(number)
-        row = self.put[number].rows_LU[layer].numpy().tobytes()
-        for path in self.folder.glob("*.pages"):
+        self.close()
+        position = sorted(self.put).index(number)
+        if position >= self.copied:
+            self.lost.add(number)
+        segment, slot = divmod(position, SEGMENT_PAGES)
+        path = self.folder / f"{segment:05d}.{kind}"
+        if path.exists():
+            first, size = (0, self.page_bytes) if kind == "pages" else (HEAD_BYTES, self.record_bytes - HEAD_BYTES)
             content = bytearray(path.read_bytes())
-            if (place := content.find(row)) >= 0:
-                content[place + len(row) // 2] ^= 16
-                path.write_bytes(content)
+            content[slot * (first + size) + first + int(place * size)] ^= 16
+            path.write_bytes(content)
         self.restore()
 
     @rule()
     def clear(self) -> None:
         self.bank.clear()
         self.put.clear()
-        self.damaged.clear()
-        self.durable = 0
+        self.lost.clear()
+        self.durable = self.copied = 0
 
     @invariant()
     def holds_what_was_put(self) -> None:
@@ -202,8 +229,8 @@ def twin_of(blocks: list[KvBlock]) -> BlockBank:
 
 
 BankMachine.TestCase.settings = settings(
-    max_examples=20,
-    stateful_step_count=20,
+    max_examples=40,
+    stateful_step_count=30,
     phases=[Phase.generate, Phase.shrink],
     deadline=None,
     derandomize=True,
@@ -211,3 +238,19 @@ BankMachine.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestBank = BankMachine.TestCase
+
+
+def test_with_a_store_segments_leave_the_folder_and_are_read_back() -> None:
+    """The machine's budgets are small enough for that."""
+    machine = BankMachine()
+    machine.begin(encoding="int8", ram_pages=12, device_pages=0, recent=1, with_store=True)
+    for _ in range(MOST_BLOCKS):
+        machine.put_the_next(skip=0)
+    machine.make_durable(upload=True)
+    assert not (machine.folder / "00000.pages").exists()
+    assert len(list(machine.folder.glob("*.pages"))) <= 4
+    for number in machine.whole:
+        assert machine.bank.get(number).digest == machine.put[number].digest
+    machine.move_to_another_machine()
+    machine.holds_what_was_put()
+    machine.teardown()

@@ -1,6 +1,7 @@
 """Video files made with PyAV: every frame has a grey that says its number, and a red corner that says what is up."""
 
 import io
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -103,6 +104,14 @@ def only_sound() -> bytes:
 
 def all_frames(data: bytes) -> list[tuple[float, Any]]:
     """Every frame with its presentation time in seconds from the first one's: the slow twin's first step."""
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         frames = [(frame.time, frame.to_image()) for frame in container.decode(video=0)]
     return [(time_s - frames[0][0], picture) for time_s, picture in frames]
+
+
+def picked_by_time(data: bytes, rate: float) -> list[tuple[float, Any]]:
+    """The slow twin of sampling: all frames are decoded, and of each interval the first is kept."""
+    kept: dict[int, tuple[float, Any]] = {}
+    for time_s, picture in all_frames(data):
+        kept.setdefault(math.floor((time_s + 5e-4) * rate), (time_s, picture))
+    return [kept[interval] for interval in sorted(kept)]

@@ -8,11 +8,12 @@ from sparsight.errors import StreamError
 from sparsight.kv.block import SINK_NUMBER, KvBlock
 
 
-def block(number: int, seed: int | None = None) -> KvBlock:
-    """Two layers, one head, three tokens of width four."""
+def block(number: int, seed: int | None = None, tokens: int = 3, time_s: float | None = None) -> KvBlock:
+    """Two layers, one head, tokens of width four."""
     generator = torch.Generator().manual_seed(number + 10 if seed is None else seed)
-    page_L2GSC = torch.randn(2, 2, 1, 3, 4, generator=generator)
-    return KvBlock.from_page(number, float(max(number, 0)), float(max(number, 0)), page_L2GSC)
+    page_L2GSC = torch.randn(2, 2, 1, tokens, 4, generator=generator)
+    time_s = float(max(number, 0)) if time_s is None else time_s
+    return KvBlock.from_page(number, time_s, time_s, page_L2GSC)
 
 
 @pytest.fixture
@@ -35,6 +36,8 @@ def test_a_put_may_be_repeated(banks: StreamBanks) -> None:
         [block(3)],  # leaves a gap
         [block(1, seed=99)],  # contradicts
         [block(2), block(1, seed=99)],
+        [block(2), block(3, tokens=2)],
+        [block(2), block(3, time_s=1.5)],
     ],
 )
 def test_what_cannot_be_kept_whole_is_not_kept(banks: StreamBanks, blocks: list[KvBlock]) -> None:
