@@ -97,7 +97,8 @@ def write_pages(study: Study, seeds: Sequence[Metrics], origins: Sequence[Origin
     """The page, its data and its plots; what people wrote into an earlier page stays."""
     compared = compare(study.comparisons, seeds)
     pictures = {f"{study.name}-differences.png": ("Differences with 95 % intervals", differences(compared))}
-    shown = [model for model in seeds[0] if all(metric in seeds[0][model] for metric in study.plane)]
+    drawable = [model for model, metrics in seeds[0].items() if all(metric in metrics for metric in study.plane)]
+    shown = [model for model in drawable if not study.in_plane or model in study.in_plane]
     if shown:
         headings = {metric: heading for metric, heading, _ in study.columns}
         across, up = (headings[metric] for metric in study.plane)

@@ -139,6 +139,7 @@ REKV = Study(
         *(Headline(f"recall_{name}", f"student/{name}", "recall") for name in ("internal", "external", "uniform")),
     ),
     plane=("now", "past"),
+    in_plane=(*DRAWN, "most_frequent"),
     rows=(
         Row("past-lengths", "Past questions by the length of the stream", _headings("past", LENGTHS), DRAWN),
         Row("now-lengths", "Now questions by the length of the stream", _headings("now", LENGTHS), DRAWN),

@@ -82,7 +82,7 @@ class Study(NamedTuple):
     """A paper's comparisons, and how their page is laid out.
 
     `columns` are (metric, heading, format) of the table of models, `plane` the two metrics that models are drawn in,
-    `rows` more drawings. `best_of` names a figure as the difference of one model to the best of others: (key, one,
+    those of `in_plane` or all, `rows` more drawings. `best_of` names a figure as the difference of one model to the best of others: (key, one,
     others).
     """
 
@@ -95,6 +95,7 @@ class Study(NamedTuple):
     plane: tuple[str, str]
     best_of: tuple[str, str, Sequence[str]] | None = None
     rows: Sequence[Row] = ()
+    in_plane: Sequence[str] = ()
 
     @property
     def models(self) -> set[str]:
