@@ -82,8 +82,8 @@ class Study(NamedTuple):
     """A paper's comparisons, and how their page is laid out.
 
     `columns` are (metric, heading, format) of the table of models, `plane` the two metrics that models are drawn in,
-    those of `in_plane` or all, `rows` more drawings. `best_of` names a figure as the difference of one model to the best of others: (key, one,
-    others).
+    those of `in_plane` or all, `rows` more drawings. `best_of` names a figure as the difference of one model to the
+    best of others: (key, one, others).
     """
 
     name: str

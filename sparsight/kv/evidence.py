@@ -21,8 +21,8 @@ class LayerEvidence:
 class Moment:
     """One block's part in an answer: `start_s` is when its frame was taken, the time of its thumbnail.
 
-    `weight` is the mean over the layers of 1 / (1 + rank), 0 where the block was not taken; `score` is its mean score in
-    the layers that took it.
+    `weight` is the mean over the layers of 1 / (1 + rank), 0 where the block was not taken; `score` is its mean score
+    in the layers that took it.
     """
 
     number: int
