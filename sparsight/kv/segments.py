@@ -126,7 +126,7 @@ class SegmentFolder:
         return self.folder / f"{segment:05d}.index"
 
     def _pages_name(self, segment: int) -> str:
-        """As text: a path object takes as long as reading a row."""
+        """As text: for every row that is read, a path object would be a good part of the time."""
         return f"{self._folder_name}/{segment:05d}.pages"
 
     def append(self, blocks: Sequence[KvBlock]) -> int:

@@ -1,12 +1,15 @@
 """The sliding window against its rule, written out token by token."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from sparsight.kv.bank import BlockIndex, RamBank
 from sparsight.kv.block import KvBlock
+from sparsight.kv.disk import DiskBudget
 from sparsight.kv.encoder import StreamEncoder, encode_sink
+from sparsight.kv.tiers import MemoryBudget, TieredBank
 from tests.unit.kv.tiny_stream import (
     ARCHITECTURES,
     FRAME_TOKENS,
@@ -100,28 +103,27 @@ def test_another_encoder_goes_on_from_the_newest_blocks(
         torch.testing.assert_close(block.page_L2GSC, expected.page_L2GSC, atol=2e-5, rtol=2e-5)
 
 
-class Forgetful(RamBank):
-    """A bank that has lost blocks."""
+def bank_without(folder: Path, sink: KvBlock, blocks: list[KvBlock], lost: set[int]) -> TieredBank:
+    """A restored bank of these blocks, some of whose pages are gone."""
+    memory, disk = MemoryBudget(2**22), DiskBudget(2**30, segment_bytes=blocks[0].rows_LU.nbytes)
+    with TieredBank.create(folder, sink, memory, disk) as bank:
+        for block in blocks:
+            bank.put(block)
+    for number in lost:
+        (folder / f"{number:05d}.pages").unlink()
+    return TieredBank.restore(folder, memory, disk)
 
-    lost: frozenset[int] = frozenset()
 
-    def index(self) -> BlockIndex:
-        return super().index().without(self.lost)
-
-
-def test_a_stream_goes_on_behind_lost_blocks(stream: TinyStream) -> None:
+def test_a_stream_goes_on_behind_lost_blocks(stream: TinyStream, tmp_path: Path) -> None:
     """Everything is lost: what comes is encoded as behind a sink that has left the window, and nothing else."""
     window, before = 23, 4
     frames_FSD = frames_of(stream, FRAMES)
     sink, blocks = encode(stream, frames_FSD[:before], window)
-    bank = Forgetful(sink, 2**30)
-    for block in blocks:
-        bank.put(block)
-    bank.lost = frozenset(range(before))
     pairs = EveryPair(stream, window, far_sink=True)
     stream.kv_model.run(torch.cat((stream.kv_model.embed(SINK_IDS), frames_FSD[before:].flatten(0, 1))), pairs)
     expected_L2GTC = torch.stack(pairs.keys_and_values_2GTC)[..., SINK_TOKENS:, :]
-    heir = StreamEncoder.after(stream.kv_model, bank, window)
+    with bank_without(tmp_path, sink, blocks, lost=set(range(before))) as bank:
+        heir = StreamEncoder.after(stream.kv_model, bank, window)
     rest = heir.encode(frames_FSD[before:], spans_of(FRAMES - before, before))
     assert [block.number for block in rest] == list(range(before, FRAMES))
     pages = torch.cat([block.page_L2GSC for block in rest], dim=3)
@@ -130,16 +132,16 @@ def test_a_stream_goes_on_behind_lost_blocks(stream: TinyStream) -> None:
 
 @pytest.mark.parametrize("lost", [set(), {0}, {2}, {5}, {1, 4}])
 @pytest.mark.parametrize("window", [23, 500])
-def test_the_window_begins_behind_the_newest_lost_block(stream: TinyStream, window: int, lost: set[int]) -> None:
+def test_the_window_begins_behind_the_newest_lost_block(
+    stream: TinyStream, window: int, lost: set[int], tmp_path: Path
+) -> None:
     frames_FSD, before = frames_of(stream, FRAMES), 6
     sink, blocks = encode(stream, frames_FSD, window)
-    bank = Forgetful(sink, 2**30)
-    for block in blocks[:before]:
-        bank.put(block)
-    bank.lost = frozenset(lost)
-    ways = []
+    ways: list[list[KvBlock]] = []
+    bank_without(tmp_path, sink, blocks[:before], lost).close()
     for chunk in (1, 3):
-        heir = StreamEncoder.after(stream.kv_model, bank, window)
+        with TieredBank.restore(tmp_path, MemoryBudget(2**22), DiskBudget(2**30)) as bank:
+            heir = StreamEncoder.after(stream.kv_model, bank, window)
         behind = before - 1 - max(lost, default=-1)
         tokens = behind * FRAME_TOKENS + (SINK_TOKENS if not lost else 0)
         assert heir.kept_tokens == min(tokens, window)

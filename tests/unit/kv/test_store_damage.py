@@ -101,15 +101,19 @@ def test_a_damaged_sink_is_refused_or_comes_from_the_store(tmp_path: Path) -> No
         assert_holds(bank, 0, 1)
 
 
+def put_without_the_store(bank: TieredBank, place: Path, *numbers: int) -> None:
+    """Blocks come while the store cannot be written; then it is back."""
+    place.write_text("no folder")
+    put_more(bank, *numbers)
+    with pytest.raises(StorageError):
+        bank.upload()
+    place.unlink()
+
+
 def test_pages_that_are_missing_before_they_were_copied_stop_nothing(tmp_path: Path) -> None:
-    folder, place = tmp_path / "stream", tmp_path / "store"
-    store = LocalStorage(place)
+    folder, store = tmp_path / "stream", LocalStorage(tmp_path / "store")
     with filled(folder, 0, store) as bank:
-        place.write_text("no folder")
-        put_more(bank, *range(9))
-        with pytest.raises(StorageError):
-            bank.upload()
-        place.unlink()
+        put_without_the_store(bank, tmp_path / "store", *range(9))
         (folder / "00001.pages").unlink()
         bank.upload()
         put_more(bank, *range(9, 30))
@@ -131,14 +135,9 @@ def make_unreadable(path: Path) -> Callable[[], object]:
 
 
 def test_pages_that_cannot_be_read_now_are_copied_later(tmp_path: Path) -> None:
-    folder, place = tmp_path / "stream", tmp_path / "store"
-    store = LocalStorage(place)
+    folder, store = tmp_path / "stream", LocalStorage(tmp_path / "store")
     with filled(folder, 0, store) as bank:
-        place.write_text("no folder")
-        put_more(bank, *range(6))
-        with pytest.raises(StorageError):
-            bank.upload()
-        place.unlink()
+        put_without_the_store(bank, tmp_path / "store", *range(6))
         mend = make_unreadable(folder / "00000.pages")
         with pytest.raises(StorageError, match="cannot open"):
             bank.upload()
