@@ -6,7 +6,7 @@ replica.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -79,15 +79,19 @@ class RemoteBanks:
 
 
 class RemoteBank:
-    """One stream's `BlockBank`, in a `KvBankActor`."""
+    """One stream's `BlockBank`, in a `KvBankActor`. The sink never changes and is fetched once."""
 
     def __init__(self, actor: Any, stream_id: str) -> None:
         self._actor = actor
         self._stream_id = stream_id
+        self._sink: KvBlock | None = None
 
     @property
     def sink(self) -> KvBlock:
-        return _result(self._actor.sink.remote(self._stream_id))
+        sink = self._sink
+        if sink is None:
+            sink = self._sink = cast(KvBlock, _result(self._actor.sink.remote(self._stream_id)))
+        return sink
 
     @property
     def nbytes(self) -> int:
