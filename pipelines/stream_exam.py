@@ -116,8 +116,8 @@ class StreamExam:
             assert self._embedder is not None, "external retrieval needs a head"
             assert vectors_FD is not None
             question_D = self._embedder.embed_question(question.question)
-            return ByEmbedding(vectors_FD, question_D, best, method.recent, method.group)
-        return BestAndRecent(best, method.recent, method.similarity, method.group, method.mass)
+            return ByEmbedding(vectors_FD, question_D, best, method.recent, method.group, method.around)
+        return BestAndRecent(best, method.recent, method.similarity, method.group, method.mass, method.around)
 
     def _row(
         self, name: str, method: str, stream: QuestionedStream, question: StreamQuestion, answer: Answer

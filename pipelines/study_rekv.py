@@ -79,10 +79,12 @@ COMPARISONS = (
     _student("now_without_recent", "no recent frames than four", "no_recent", "internal", "now"),
     _student("past_8_minus_16", "8 frames than 16", "frames_8", "internal", "past", "worse"),
     _student("past_32_minus_16", "32 frames than 16", "frames_32", "internal", "past", "as good"),
+    _student("past_around", "two frames before each hit than hits alone", "internal", "single", "past"),
+    _student("recall_around", "two frames before each hit than hits alone", "internal", "single", "recall"),
     _student(
         "past_groups",
         "groups of 4 neighbours than single frames",
-        "internal",
+        "groups",
         "single",
         "past",
         "worse on MLVU, as good on QAEgo4D",

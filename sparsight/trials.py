@@ -5,7 +5,7 @@ Settings only; `pipelines.stream_exam` carries them out, docs/protocol.md says w
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from sparsight.settings import Slice
 
@@ -13,8 +13,8 @@ MethodKind = Literal["full", "internal", "external", "uniform", "recent", "oracl
 
 _READ: dict[MethodKind, frozenset[str]] = {
     "full": frozenset({"two_pass"}),
-    "internal": frozenset({"frames", "recent", "similarity", "group", "mass", "pages", "two_pass"}),
-    "external": frozenset({"frames", "recent", "group", "pages", "two_pass"}),
+    "internal": frozenset({"frames", "recent", "similarity", "group", "around", "mass", "pages", "two_pass"}),
+    "external": frozenset({"frames", "recent", "group", "around", "pages", "two_pass"}),
     "uniform": frozenset({"frames", "two_pass"}),
     "recent": frozenset({"frames", "two_pass"}),
     "oracle": frozenset({"frames", "recent", "pages", "two_pass"}),
@@ -39,6 +39,9 @@ class StreamMethod(Slice):
     """How a question's queries are compared with a block's mean keys (`internal`)."""
     group: int = Field(default=1, ge=1)
     """Neighbouring frames that share the mean of their scores (`internal`, `external`)."""
+    around: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
+    """How many frames before and after it a chosen frame brings along, out of the same number (`internal`,
+    `external`)."""
     mass: float | None = Field(default=None, gt=0.0, le=1.0)
     """Stop at this share of a layer's estimated attention, before `frames` are reached (`internal`)."""
     pages: Literal["plain", "int8", "int4"] = "plain"

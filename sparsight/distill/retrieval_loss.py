@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from sparsight.distill.rows import TrainingRow
 from sparsight.model.projections import ProjectionTrace
@@ -62,13 +63,31 @@ def retrieval_sum(trace: ProjectionTrace, clips: Sequence[AskedClip], frame_toke
 def question_losses(
     queries_THC: torch.Tensor, keys_TGC: torch.Tensor, clip: AskedClip, frame_tokens: int
 ) -> torch.Tensor:
-    """Minus the log of the share [Q] that the frames of the evidence have, in one layer."""
+    """Of each question [Q] the mean over the stretches of its evidence, in one layer: minus the log of the share that a
+    stretch's frames have among them and the frames that are no evidence."""
     means_QHC = torch.stack([queries_THC[start:end].float().mean(dim=0) for start, end in clip.spans])
     end = clip.first + clip.evidence_QF.shape[1] * frame_tokens
     mean_keys_FGC = keys_TGC[clip.first : end].float().unflatten(0, (-1, frame_tokens)).mean(dim=1)
-    shares_QF = (frame_scores(means_QHC, mean_keys_FGC) / TEMPERATURE).log_softmax(dim=1)
-    absent_QF = ~clip.evidence_QF
-    return -shares_QF.masked_fill(absent_QF, -torch.inf).logsumexp(dim=1)
+    logits_QF = frame_scores(means_QHC, mean_keys_FGC) / TEMPERATURE
+    others_Q = logits_QF.masked_fill(clip.evidence_QF, -torch.inf).logsumexp(dim=1)
+    question_P, stretch_PF = stretches(clip.evidence_QF)
+    found_P = logits_QF[question_P].masked_fill(~stretch_PF, -torch.inf).logsumexp(dim=1)
+    losses_P = functional.softplus(others_Q[question_P] - found_P)
+    return losses_P.new_zeros(len(logits_QF)).index_add(0, question_P, losses_P) / question_P.bincount()
+
+
+def stretches(evidence_QF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The P stretches of frames in a row that are evidence: the question [P] of each, and its frames [P, F] (boolean).
+
+    Every question has one at least.
+    """
+    before_QF = functional.pad(evidence_QF, (1, -1))
+    numbers_QF = (evidence_QF & ~before_QF).cumsum(dim=1)
+    most = int(numbers_QF.max())
+    numbers_1S1 = torch.arange(1, most + 1, device=evidence_QF.device)[None, :, None]
+    stretch_QSF = evidence_QF[:, None] & (numbers_QF[:, None] == numbers_1S1)
+    question_P, number_P = stretch_QSF.any(dim=2).nonzero(as_tuple=True)
+    return question_P, stretch_QSF[question_P, number_P]
 
 
 def frame_scores(means_QHC: torch.Tensor, mean_keys_FGC: torch.Tensor) -> torch.Tensor:

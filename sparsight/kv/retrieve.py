@@ -42,10 +42,11 @@ class Retriever(Protocol):
 class BestAndRecent:
     """The `best` best-scored blocks and, besides, the `recent` newest; all blocks when there are no more than that.
 
-    `group` neighbours share the mean of their scores (ReKV's b). With `mass`, a layer stops earlier: at the block with
-    which those it takes, the newest among them, have that share of its estimated attention (as V-Rex does, arXiv
-    2512.12284). Without it, the number chosen depends on the number of blocks only, so every layer has a context of the
-    same length.
+    `group` neighbours share the mean of their scores (ReKV's b). `around` = (before, after) are the neighbours that a
+    block chosen by its score brings along, out of the same number: what was there just before a thing has no word in a
+    question about it. With `mass`, a layer stops earlier: at the block with which those it takes, the newest among
+    them, have that share of its estimated attention (as V-Rex does, arXiv 2512.12284). Without it, the number chosen
+    depends on the number of blocks only, so every layer has a context of the same length.
     """
 
     best: int
@@ -53,9 +54,10 @@ class BestAndRecent:
     similarity: Similarity = "cosine"
     group: int = 1
     mass: float | None = None
+    around: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        _check_choice(self.best, self.recent, self.group)
+        _check_choice(self.best, self.recent, self.group, self.around)
         if self.mass is not None and not 0 < self.mass <= 1:
             raise StreamError(f"a share of {self.mass:g} of the attention is impossible: choose one in (0, 1].")
 
@@ -63,7 +65,7 @@ class BestAndRecent:
         mean_keys_NGC = index.mean_keys_LNGC[layer]
         scores_N = score_blocks(queries_HTC, mean_keys_NGC, self.similarity, index.norms_LN[layer])
         shares_N = None if self.mass is None else attention_shares(queries_HTC, mean_keys_NGC)
-        return select_blocks(scores_N, self.best, self.recent, self.group, shares_N, self.mass or 1.0)
+        return select_blocks(scores_N, self.best, self.recent, self.group, shares_N, self.mass or 1.0, self.around)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ class ByEmbedding:
     """External retrieval (ReKV, section 3.2): the same blocks in every layer, by the cosine of a frame's embedding and
     the question's, from any model that embeds both.
 
-    `frames_ND[n]` belongs to block number n.
+    `frames_ND[n]` belongs to block number n; `group` and `around` are those of `BestAndRecent`.
     """
 
     frames_ND: Tensor
@@ -79,9 +81,10 @@ class ByEmbedding:
     best: int
     recent: int = 0
     group: int = 1
+    around: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        _check_choice(self.best, self.recent, self.group)
+        _check_choice(self.best, self.recent, self.group, self.around)
         if self.question_D.shape != self.frames_ND.shape[1:]:
             raise StreamError(
                 f"a question's embedding of {tuple(self.question_D.shape)} cannot be compared with frames' of "
@@ -92,7 +95,8 @@ class ByEmbedding:
         last = int(index.numbers_N[-1])
         if last >= len(self.frames_ND):
             raise StreamError(f"block {last} has no embedding among {len(self.frames_ND)}: embed every frame.")
-        return select_blocks(self._scores_N[index.numbers_N], self.best, self.recent, self.group)
+        scores_N = self._scores_N[index.numbers_N]
+        return select_blocks(scores_N, self.best, self.recent, self.group, around=self.around)
 
     @cached_property
     def _scores_N(self) -> Tensor:
@@ -153,22 +157,28 @@ def attention_shares(queries_HTC: Tensor, mean_keys_NGC: Tensor) -> Tensor:
 
 
 def select_blocks(
-    scores_N: Tensor, best: int, recent: int, group: int = 1, shares_N: Tensor | None = None, mass: float = 1.0
+    scores_N: Tensor,
+    best: int,
+    recent: int,
+    group: int = 1,
+    shares_N: Tensor | None = None,
+    mass: float = 1.0,
+    around: tuple[int, int] = (0, 0),
 ) -> Selection:
     """The last `recent` of N blocks, and the `best` best-scored of the others; of equal scores the earlier wins.
 
     Blocks are taken in the order of their group's mean score, and inside a group in that of their own: the last group
-    may be smaller than `group`, and one that does not fit any more gives its best blocks. With `shares_N`, no more are
-    taken than it needs for their shares to reach `mass`.
-    Only the blocks that may be chosen are sorted; all others are compared with them.
+    may be smaller than `group`, and one that does not fit any more gives its best blocks. With `around`, each is
+    followed by its neighbours, as far as they are not taken yet. With `shares_N`, no more are taken than it needs for
+    their shares to reach `mass`.
     """
     N = scores_N.shape[0]
     means_N = scores_N if group == 1 else group_means(scores_N, group)
     oldest_recent = max(0, N - recent)
-    lowest = means_N.topk(min(N, max(1, best + recent))).values[-1]
-    first_K = _in_order((~(means_N < lowest)).nonzero().flatten(), scores_N, means_N, group)  # whole groups, NaN too
-    ranks_R = (first_K < oldest_recent).nonzero().flatten()[:best]
-    rows_R = first_K[ranks_R]
+    if any(around):
+        rows_R, ranks_R = _best_and_around(scores_N, means_N, group, best, oldest_recent, around)
+    else:
+        rows_R, ranks_R = _best(scores_N, means_N, group, best, recent)
     if shares_N is not None:
         before_R = shares_N[oldest_recent:].sum() + shares_N[rows_R].cumsum(0) - shares_N[rows_R]
         enough_R = before_R >= mass
@@ -178,6 +188,35 @@ def select_blocks(
     rows_R = torch.cat((rows_R[in_time_R], torch.arange(oldest_recent, N, device=rows_R.device)))
     ranks_R = torch.cat((ranks_R[in_time_R], _ranks_from(oldest_recent, scores_N, means_N, group)))
     return Selection(rows_R, means_N[rows_R], ranks_R)
+
+
+def _best(scores_N: Tensor, means_N: Tensor, group: int, best: int, recent: int) -> tuple[Tensor, Tensor]:
+    """Rows and ranks of the `best`, as they are taken. Only rows that may be chosen are sorted; all others are compared
+    with them."""
+    N = scores_N.shape[0]
+    lowest = means_N.topk(min(N, max(1, best + recent))).values[-1]
+    first_K = _in_order((~(means_N < lowest)).nonzero().flatten(), scores_N, means_N, group)  # whole groups, NaN too
+    ranks_R = (first_K < N - recent).nonzero().flatten()[:best]
+    return first_K[ranks_R], ranks_R
+
+
+def _best_and_around(
+    scores_N: Tensor, means_N: Tensor, group: int, best: int, end: int, around: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The same of rows before `end`, each followed by its neighbours before, then after it, nearest first.
+
+    A row that a better one has brought along brings its own, too; so at most twice as many rows as are wanted are seen.
+    """
+    before, after = around
+    rows_N = _in_order(torch.arange(len(scores_N), device=scores_N.device), scores_N, means_N, group)
+    steps_B = torch.tensor([0, *range(-1, -before - 1, -1), *range(1, after + 1)], device=rows_N.device)
+    spread_K = (rows_N[rows_N < end][: 2 * best, None] + steps_B).flatten()
+    spread_K = spread_K[(spread_K >= 0) & (spread_K < end)]
+    kinds_U, kind_K = spread_K.unique(return_inverse=True)
+    places_K = torch.arange(len(spread_K), device=rows_N.device)
+    first_U = places_K.new_full(kinds_U.shape, len(spread_K)).scatter_reduce(0, kind_K, places_K, "amin")
+    rows_R = kinds_U[first_U.argsort()][:best]
+    return rows_R, rows_N.argsort()[rows_R]
 
 
 def _ranks_from(first: int, scores_N: Tensor, means_N: Tensor, group: int) -> Tensor:
@@ -204,9 +243,13 @@ def group_means(scores_N: Tensor, group: int) -> Tensor:
     return (sums / groups_N.bincount())[groups_N]
 
 
-def _check_choice(best: int, recent: int, group: int) -> None:
+def _check_choice(best: int, recent: int, group: int, around: tuple[int, int]) -> None:
     if min(best, recent) < 0 or best + recent == 0 or group < 1:
         raise StreamError(
             f"retrieving {best} best and {recent} recent blocks in groups of {group} leaves none to attend to: "
             "ask for at least one."
+        )
+    if min(around) < 0:
+        raise StreamError(
+            f"{around[0]} neighbours before and {around[1]} after a block are impossible: ask for 0 or more."
         )

@@ -20,6 +20,7 @@ RETRIEVERS = [
     BestAndRecent(3, recent=2),
     BestAndRecent(4, similarity="dot"),
     BestAndRecent(4, group=3),
+    BestAndRecent(4, recent=1, around=(2, 1)),
     BestAndRecent(9, mass=0.6),
 ]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsight.config import UpcycleConfig
 from sparsight.data.stream_questions import clip_samples
-from sparsight.distill.retrieval_loss import TEMPERATURE, AskedClip, question_losses
+from sparsight.distill.retrieval_loss import TEMPERATURE, AskedClip, question_losses, stretches
 from sparsight.distill.step import forward_student, visual_embeds
 from sparsight.kv.attention import KvTextModel, attend
 from sparsight.kv.retrieve import score_blocks
@@ -74,6 +74,24 @@ def projections(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return queries_THC.to(dtype).requires_grad_(), keys_TGC.to(dtype).requires_grad_()
 
 
+def runs_of(evidence_F: Tensor) -> list[list[int]]:
+    """The evidence's frames, those in a row together."""
+    runs: list[list[int]] = []
+    for frame in evidence_F.nonzero().flatten().tolist():
+        if runs and runs[-1][-1] == frame - 1:
+            runs[-1].append(frame)
+        else:
+            runs.append([frame])
+    return runs
+
+
+def slow_loss(weights: Tensor, evidence_F: Tensor) -> Tensor:
+    """One stretch of evidence at a time, among the frames that are none; `weights` [F] are what a softmax adds up."""
+    runs, others = runs_of(evidence_F), weights[~evidence_F].sum()
+    losses = [-torch.log(weights[run].sum() / (weights[run].sum() + others)) for run in runs]
+    return sum(losses, start=weights.new_zeros(())) / len(losses)
+
+
 def slow_losses(queries_THC: Tensor, keys_TGC: Tensor, clip: AskedClip) -> Tensor:
     """One question and one frame at a time, every head's own key."""
     losses: list[Tensor] = []
@@ -86,8 +104,7 @@ def slow_losses(queries_THC: Tensor, keys_TGC: Tensor, clip: AskedClip) -> Tenso
             key_HC = torch.stack([key_GC[head // 2] for head in range(4)])
             cosine = (query_HC * key_HC).sum() / (query_HC.square().sum() * key_HC.square().sum()).sqrt()
             weights.append((cosine / TEMPERATURE).exp())
-        right = sum(weight for weight, there in zip(weights, evidence_F.tolist(), strict=True) if there)
-        losses.append(-torch.log(right / sum(weights)))
+        losses.append(slow_loss(torch.stack(weights), evidence_F))
     return torch.stack(losses)
 
 
@@ -104,6 +121,29 @@ def test_the_loss_is_a_cross_entropy_over_frames_and_so_is_its_gradient() -> Non
 
 def test_where_all_frames_are_evidence_nothing_is_to_be_learned() -> None:
     assert question_losses(*projections(), CLIP, FRAME_TOKENS)[2].item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_stretches_are_frames_in_a_row() -> None:
+    evidence_QF = torch.randint(0, 2, (30, 9), generator=torch.Generator().manual_seed(0)).bool()
+    evidence_QF[:, 4] = True  # a question that has none is not asked
+    question_P, stretch_PF = stretches(evidence_QF)
+    found = [
+        (question, row.nonzero().flatten().tolist())
+        for question, row in zip(question_P.tolist(), stretch_PF, strict=True)
+    ]
+    assert found == [(question, run) for question in range(30) for run in runs_of(evidence_QF[question])]
+
+
+def test_every_stretch_is_wanted_and_of_each_any_frame() -> None:
+    """A question that finds one of its two scenes is as far from done as one that finds the other."""
+    evidence_F = torch.tensor([1, 1, 0, 0, 1]).bool()
+    key_FGC = torch.eye(5)[:, None]
+    for wanted, costs_little in ([0, 4], True), ([1, 4], True), ([0], False), ([4], False), ([0, 1], False):
+        query_1HC = torch.zeros(1, 1, 5)
+        query_1HC[0, 0, wanted] = 1.0
+        clip = AskedClip(0, 1, [(0, 1)], evidence_F[None])
+        loss = float(question_losses(torch.cat([query_1HC, key_FGC]), torch.cat([query_1HC, key_FGC]), clip, 1))
+        assert (loss < 1e-4) == costs_little
 
 
 def test_frames_are_scored_as_blocks_are() -> None:
@@ -140,10 +180,12 @@ def test_a_step_scores_a_clip_as_a_stream_of_its_frames_would_be() -> None:
                     frames_GFSC = keys_GTC[:, first : after - 1].unflatten(1, (-1, student.frame_tokens))
                     words_HTC = queries_HTC[:, after + words.start : after + words.stop]
                     scores_F = score_blocks(words_HTC, frames_GFSC.mean(dim=2).transpose(0, 1))
-                    share = (scores_F / TEMPERATURE).softmax(dim=0)[list(turn.evidence)].sum()
+                    evidence_F = torch.zeros(len(scores_F), dtype=torch.bool)
+                    evidence_F[list(turn.evidence)] = True
+                    alone = slow_loss((scores_F / TEMPERATURE).exp(), evidence_F)
                     parts = trace.queries[layer][0], trace.keys[layer][0], batch.asked[0]
                     loss = question_losses(*parts, student.frame_tokens)[question]
-                    torch.testing.assert_close(loss, -share.log(), atol=1e-4, rtol=1e-4)
+                    torch.testing.assert_close(loss, alone, atol=1e-4, rtol=1e-4)
                     compared += 1
     assert compared > 20
     assert len(rows) == SOURCE.clips

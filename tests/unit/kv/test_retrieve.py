@@ -30,14 +30,18 @@ def index_of(blocks: int, first: int = 0, seed: int = 3) -> BlockIndex:
     return BlockIndex(numbers_N, spans_s_N2, mean_keys_LNGC, mean_keys_LNGC.flatten(2).norm(dim=2))
 
 
-def slowly(scores: list[float], best: int, recent: int, group: int) -> list[int]:
-    """The rows that `select_blocks` should choose, one after the other."""
+def ordered(scores: list[float], group: int) -> list[int]:
+    """All rows, best first."""
     rows = range(len(scores))
     members = {row: [other for other in rows if other // group == row // group] for row in rows}
     mean = {row: sum(scores[other] for other in members[row]) / len(members[row]) for row in rows}
-    chosen = set(rows[max(0, len(scores) - recent) :])
-    order = sorted(rows, key=lambda row: (-mean[row], row // group, -scores[row], row))
-    return sorted(chosen | set([row for row in order if row not in chosen][:best]))
+    return sorted(rows, key=lambda row: (-mean[row], row // group, -scores[row], row))
+
+
+def slowly(scores: list[float], best: int, recent: int, group: int) -> list[int]:
+    """The rows that `select_blocks` should choose, one after the other."""
+    chosen = set(range(len(scores))[max(0, len(scores) - recent) :])
+    return sorted(chosen | set([row for row in ordered(scores, group) if row not in chosen][:best]))
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 20])
@@ -52,6 +56,53 @@ def test_groups_are_chosen_as_one_would_by_hand(blocks: int, best: int, recent: 
     if best >= blocks:
         assert sorted(found.ranks_R.tolist()) == list(range(blocks))
         assert found.ranks_R.dtype == torch.long
+
+
+def slowly_around(scores: list[float], best: int, recent: int, group: int, around: tuple[int, int]) -> list[int]:
+    """Down the order of scores, each row and its neighbours, nearest first, until there are enough."""
+    old = range(max(0, len(scores) - recent))
+    order = [row for row in ordered(scores, group) if row in old]
+    chosen: list[int] = []
+    for row in order:
+        steps = [0, *(-step for step in range(1, around[0] + 1)), *range(1, around[1] + 1)]
+        chosen += [row + step for step in steps if row + step in old and row + step not in chosen]
+    return sorted({*chosen[:best], *range(len(old), len(scores))})
+
+
+@pytest.mark.parametrize("around", [(1, 0), (0, 1), (2, 1), (0, 3), (30, 30)])
+@pytest.mark.parametrize(
+    ("best", "recent", "group"), [(1, 0, 1), (4, 0, 1), (5, 2, 1), (5, 2, 3), (0, 3, 1), (30, 1, 1)]
+)
+@pytest.mark.parametrize("blocks", [1, 7, 13, 40])
+def test_neighbours_come_along_as_one_would_take_them_by_hand(
+    blocks: int, best: int, recent: int, group: int, around: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(blocks)
+    for _ in range(20):
+        scores_N = torch.randint(0, 6, (blocks,), generator=generator) / 4
+        found = select_blocks(scores_N, best, recent, group, around=around)
+        assert found.rows_R.tolist() == slowly_around(scores_N.tolist(), best, recent, group, around)
+        assert len(found.rows_R) == min(blocks, best + recent), "as many in every layer, whatever the scores"
+        order = ordered(scores_N.tolist(), group)
+        assert found.ranks_R.tolist() == [order.index(row) for row in found.rows_R.tolist()]
+
+
+def test_neighbours_are_taken_only_while_attention_is_missing() -> None:
+    scores_N = torch.tensor([0.0, 1.0, 9.0, 2.0, 3.0, 0.0])
+    shares_N = torch.tensor([0.1, 0.1, 0.5, 0.1, 0.1, 0.1])
+    for mass, rows in ((0.5, [2]), (0.55, [1, 2]), (0.65, [1, 2, 3]), (0.75, [1, 2, 3, 4])):
+        assert select_blocks(scores_N, 6, 0, 1, shares_N, mass, around=(1, 1)).rows_R.tolist() == rows
+
+
+def test_both_kinds_of_retrieval_bring_neighbours_along() -> None:
+    index = index_of(12)
+    frames_ND = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+    retrievers = BestAndRecent(3, around=(2, 0)), ByEmbedding(frames_ND, frames_ND[6], 3, around=(2, 0))
+    for retriever in retrievers:
+        best = int(retriever.select(1, QUERIES_HTC, index).ranks_R.argmin())
+        rows = retriever.select(1, QUERIES_HTC, index).rows_R.tolist()
+        assert best == 2, "the block found is the last of the three, both before it come along"
+        assert rows == [rows[2] - 2, rows[2] - 1, rows[2]]
 
 
 def test_the_last_group_is_averaged_over_what_it_has() -> None:
@@ -140,6 +191,8 @@ def test_impossible_choices_are_refused() -> None:
         BestAndRecent(3, group=0)
     with pytest.raises(StreamError, match=r"a share of 1\.5 of the attention is impossible"):
         BestAndRecent(3, mass=1.5)
+    with pytest.raises(StreamError, match="-1 neighbours before and 2 after a block are impossible"):
+        BestAndRecent(3, around=(-1, 2))
     with pytest.raises(StreamError, match="ask for at least one"):
         ByEmbedding(frames_ND, question_D, best=0)
     with pytest.raises(StreamError, match="embed both with one model"):
