@@ -84,7 +84,8 @@ def default(field: FieldInfo) -> str:
     if isinstance(value, BaseModel):
         changed = value.model_dump(exclude_defaults=True)
         return f"`{changed}`" if changed else "its defaults"
-    return "none" if value is None else f"`{value}`"
+    shown = list(value) if isinstance(value, tuple) else value
+    return "none" if value is None else f"`{shown}`"
 
 
 if __name__ == "__main__":

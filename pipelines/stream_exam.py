@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sparsight.data.streams import QuestionedStream, StreamQuestion, StreamRecipe
+from sparsight.errors import StreamError
 from sparsight.evaluate.stream_scores import StreamAnswerRow
-from sparsight.kv.answerer import Answer, StreamAnswerer
+from sparsight.kv.answerer import Answer, Ask, StreamAnswerer
 from sparsight.kv.attention import KvTextModel
 from sparsight.kv.bank import RamBank
 from sparsight.kv.block import KvBlock
@@ -64,8 +65,10 @@ class StreamExam:
         rows: list[StreamAnswerRow] = []
         for question in stream.questions:
             frame = round(question.time_s * recipe.frames_per_second)
-            for method in fitting:
-                answer = self._ask(method, question, frame, recipe, frames_FSD, banks, vectors_FD)
+            asks = [self._ask(method, question, frame, recipe, frames_FSD, banks, vectors_FD) for method in fitting]
+            for method, answer in zip(fitting, self._answerer.ask_all(asks), strict=True):
+                if isinstance(answer, StreamError):
+                    raise answer
                 rows.append(self._row(name, method.name, stream, question, answer))
         return rows, [method.name for method in methods if method not in fitting]
 
@@ -78,7 +81,7 @@ class StreamExam:
         frames_FSD: Tensor,
         banks: Mapping[str, RamBank],
         vectors_FD: Tensor | None,
-    ) -> Answer:
+    ) -> Ask:
         prompt = self._model.chat.frames_prompt(question.question)
         if method.kind in ("uniform", "recent"):
             numbers = chosen_alone(method, frame)
@@ -87,11 +90,11 @@ class StreamExam:
         else:
             bank = banks["full" if method.kind == "full" else method.pages]
             retriever = self._retriever(method, question, frame, recipe, vectors_FD)
-        return self._answerer.ask(
+        return Ask(
             bank,
             torch.tensor(prompt.after_ids),
             retriever,
-            max_new_tokens=self._max_answer_tokens,
+            self._max_answer_tokens,
             stop_ids=(self._model.chat.end_id,),
             question=prompt.question,
             until_s=recipe.time_s(frame + 1),
