@@ -3,8 +3,9 @@
 Retrieval from a stream compares the mean query of a question's words with the mean key of each frame, layer by layer
 and before rotation (ReKV, arXiv 2503.00540, section 3.2). A large language model's heads do well at that untaught; a
 small one learns it here, by the same score, from clips whose evidence is known: a cross-entropy over frames (InfoNCE,
-arXiv 1807.03748) for each stretch of the evidence, against the frames that are none. Any frame of a stretch will do: its
-neighbours come along in retrieval. The score's other writing is `kv.retrieve.score_blocks`. Used by the response step.
+arXiv 1807.03748) for each stretch of the evidence, against the frames that are none. Any frame of a stretch will do,
+since retrieval brings its neighbours along. The score's other writing is `kv.retrieve.score_blocks`. Used by the
+response step.
 """
 
 from collections.abc import Sequence

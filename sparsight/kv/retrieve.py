@@ -205,12 +205,12 @@ def _best_and_around(
 ) -> tuple[Tensor, Tensor]:
     """The same of rows before `end`, each followed by its neighbours before, then after it, nearest first.
 
-    A row that a better one has brought along brings its own, too; so at most twice as many rows as are wanted are seen.
+    A row that a better one has brought along brings its own, too.
     """
     before, after = around
     rows_N = _in_order(torch.arange(len(scores_N), device=scores_N.device), scores_N, means_N, group)
     steps_B = torch.tensor([0, *range(-1, -before - 1, -1), *range(1, after + 1)], device=rows_N.device)
-    spread_K = (rows_N[rows_N < end][: 2 * best, None] + steps_B).flatten()
+    spread_K = (rows_N[rows_N < end][:best, None] + steps_B).flatten()
     spread_K = spread_K[(spread_K >= 0) & (spread_K < end)]
     kinds_U, kind_K = spread_K.unique(return_inverse=True)
     places_K = torch.arange(len(spread_K), device=rows_N.device)
