@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsight.errors import StreamError
+from sparsight.errors import StreamError, StreamFullError
 from sparsight.kv.bank import RamBank, check_follows
 from sparsight.kv.block import KvBlock
 
@@ -73,7 +73,7 @@ class StreamBanks:
         new = [block for block in blocks if not _kept(bank, block)]
         wanted = sum(block.nbytes for block in new)
         if bank.nbytes + wanted > self._max_stream_bytes:
-            raise StreamError(
+            raise StreamFullError(
                 f"the stream is full: it holds {len(bank)} frames in {bank.nbytes} of {self._max_stream_bytes} bytes, "
                 f"{len(new)} more take {wanted}. Close it and open another."
             )

@@ -1,15 +1,14 @@
 """The stream replica: a Serve shell around `stream_host`, with the streams' memory in an actor beside it.
 
 What is acknowledged is in the `KvBankActor`, which the Serve controller owns: the replica may die and go on with the
-same streams. Frames of one stream are taken one request after the other, questions at any time. Methods return their
-result, or a `Refusal`. Deployed by `app`, called by `stream_routes`.
+same streams. Frames of one stream are taken one request after the other, also where a client leaves before its answer;
+questions at any time. Methods return their result, or a `Refusal`. Deployed by `app`, called by `stream_routes`.
 """
 
 import asyncio
 import uuid
-from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
@@ -22,10 +21,10 @@ from serve_apps.refusals import Refusal, RequestRefusedError
 from serve_apps.schemas import FramesRequest, QuestionRequest
 from serve_apps.settings import ServiceSettings, load_student
 from serve_apps.stream_host import FrameEncoder, QuestionAnswerer, StreamAnswer
-from sparsight.errors import StreamError
+from serve_apps.turns import Turns
+from sparsight.errors import StreamError, StreamFullError
 from sparsight.kv.attention import KvTextModel
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 BANK = "kv_bank"
@@ -48,37 +47,35 @@ class StreamReplica:
         self._limits = PictureLimits.of(settings.serve)
         self._encoder = FrameEncoder(model, kv_model, settings.serve.stream)
         self._answerer = QuestionAnswerer(model, kv_model, settings.serve.stream)
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._turns = Turns()  # of each stream, for what changes it
 
     async def open(self) -> StreamInfo | Refusal:
-        return await _in_thread(self._open)
+        stream_id = f"stream_{uuid.uuid4().hex}"
+        try:
+            return await self._turns.take(stream_id, lambda: _answer(lambda: self._open(stream_id)))
+        except asyncio.CancelledError:  # nobody has heard of the stream
+            await self.close(stream_id)
+            raise
 
     async def list(self) -> list[StreamInfo] | Refusal:
-        return await _in_thread(lambda: _banks().describe_all())
+        return await asyncio.to_thread(_answer, lambda: _banks().describe_all())
 
     async def describe(self, stream_id: str) -> StreamInfo | Refusal:
-        return await _in_thread(_describe, stream_id)
+        return await asyncio.to_thread(_answer, lambda: _describe(stream_id))
 
     async def close(self, stream_id: str) -> StreamInfo | Refusal:
         """Forget the stream; returns what it was."""
-        async with self._locks[stream_id]:
-            info = await _in_thread(self._close, stream_id)
-        self._locks.pop(stream_id, None)
-        return info
+        return await self._turns.take(stream_id, lambda: _answer(lambda: self._close(stream_id)))
 
     async def add_frames(self, stream_id: str, request: FramesRequest) -> StreamInfo | Refusal:
         """Keep all frames or none; the stream as it then is."""
-        info = await _in_thread(_describe, stream_id)
-        if isinstance(info, Refusal):
-            return info
-        async with self._locks[stream_id]:
-            return await _in_thread(self._add_frames, stream_id, request)
+        return await self._turns.take(stream_id, lambda: _answer(lambda: self._add_frames(stream_id, request)))
 
     async def ask(self, stream_id: str, request: QuestionRequest) -> StreamAnswer | Refusal:
-        return await _in_thread(self._ask, stream_id, request)
+        return await asyncio.to_thread(_answer, lambda: self._ask(stream_id, request))
 
-    def _open(self) -> StreamInfo:
-        info = _banks().open(f"stream_{uuid.uuid4().hex}", self._name, self._encoder.sink)
+    def _open(self, stream_id: str) -> StreamInfo:
+        info = _banks().open(stream_id, self._name, self._encoder.sink)
         if info is None:
             limit = self._config.stream.max_streams
             message = f"there are {limit} streams already, the limit: close one, or try again later"
@@ -86,8 +83,8 @@ class StreamReplica:
         return info
 
     def _close(self, stream_id: str) -> StreamInfo:
-        info = _describe(stream_id)
         self._encoder.forget(stream_id)
+        info = _describe(stream_id)
         _banks().close(stream_id)
         return info
 
@@ -106,13 +103,15 @@ class StreamReplica:
             for index, frame in enumerate(request.frames)
         ]
         banks = _banks()
-        if not self._encoder.knows(stream_id, info.frames):
-            self._encoder.restore(stream_id, banks.newest(stream_id, self._encoder.window_tokens))
         try:
-            return banks.put(stream_id, self._encoder.encode(stream_id, pictures, times_s))
+            blocks = self._encoder.encode(
+                stream_id, info.frames, lambda tokens: banks.newest(stream_id, tokens), pictures, times_s
+            )
+            return banks.put(stream_id, blocks)
         except StreamError as error:
-            self._encoder.forget(stream_id)
-            raise RequestRefusedError(Refusal(409, str(error), "stream_full")) from None
+            _describe(stream_id)  # refuses where the stream itself is gone
+            code = "stream_full" if isinstance(error, StreamFullError) else "frames_not_taken"
+            raise RequestRefusedError(Refusal(409, str(error), code, "frames")) from None
 
     def _ask(self, stream_id: str, request: QuestionRequest) -> StreamAnswer:
         _describe(stream_id)
@@ -137,8 +136,8 @@ def _describe(stream_id: str) -> StreamInfo:
     return info
 
 
-async def _in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Refusal:
+def _answer(call: Callable[[], T]) -> T | Refusal:
     try:
-        return await asyncio.to_thread(call, *args, **kwargs)
+        return call()
     except RequestRefusedError as refused:
         return refused.refusal

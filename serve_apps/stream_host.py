@@ -5,7 +5,8 @@ different processes. The encoder's own state can be lost at any time, it is made
 classes: no Ray, no HTTP. Wrapped by `stream_app`.
 """
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,35 +41,37 @@ class FrameEncoder:
         self._model = model
         self._kv_model = kv_model
         self._window_tokens = config.window_tokens
-        self._encoders: dict[str, tuple[StreamEncoder, int]] = {}
+        self._most = config.max_streams
+        self._encoders: OrderedDict[str, tuple[StreamEncoder, int]] = OrderedDict()  # and how many frames each has had
         self.sink = encode_sink(kv_model, torch.tensor(model.chat.frames_prompt("?").before_ids))
         StreamEncoder(kv_model, self.sink, self._window_tokens)  # says now whether the window is possible
-
-    @property
-    def window_tokens(self) -> int:
-        return self._window_tokens
-
-    def knows(self, stream_id: str, frames: int) -> bool:
-        """Whether it can go on after so many frames as it is; else `restore` it first."""
-        return stream_id in self._encoders and self._encoders[stream_id][1] == frames
-
-    def restore(self, stream_id: str, newest: Sequence[KvBlock]) -> None:
-        """Take up a stream after its newest blocks: a window's worth or all of them."""
-        frames = newest[-1].number + 1 if newest else 0
-        encoder = StreamEncoder(self._kv_model, self.sink, self._window_tokens, newest)
-        self._encoders[stream_id] = (encoder, frames)
 
     def forget(self, stream_id: str) -> None:
         self._encoders.pop(stream_id, None)
 
-    def encode(self, stream_id: str, pictures: Sequence[Image.Image], times_s: Sequence[float]) -> list[KvBlock]:
-        """The blocks of the next frames. A frame is an instant: its span begins and ends at its time."""
-        encoder, frames = self._encoders[stream_id]
+    def encode(
+        self,
+        stream_id: str,
+        frames: int,
+        newest: Callable[[int], Sequence[KvBlock]],
+        pictures: Sequence[Image.Image],
+        times_s: Sequence[float],
+    ) -> list[KvBlock]:
+        """The blocks of the next pictures, after `frames` frames. A frame is an instant: its span is its time, twice.
+
+        Where this encoder has not had just these frames itself, `newest` is asked for the newest blocks that hold a
+        window's tokens together. Raises `StreamError`. Not for one stream in two threads at once.
+        """
+        encoder, had = self._encoders.pop(stream_id, (None, 0))
+        if encoder is None or had != frames:
+            encoder = StreamEncoder(self._kv_model, self.sink, self._window_tokens, newest(self._window_tokens))
         with torch.inference_mode():
             features_FPD = self._model.features(to_pixels(pictures, self._model.pixels))
             embeds_FSD = self._model.frame_embeds(features_FPD)
         blocks = encoder.encode(embeds_FSD, [(time_s, time_s) for time_s in times_s])
         self._encoders[stream_id] = (encoder, frames + len(blocks))
+        if len(self._encoders) > self._most:  # streams that ended while nobody told this one
+            self._encoders.popitem(last=False)
         return blocks
 
 
@@ -83,7 +86,14 @@ class QuestionAnswerer:
             )
         self._chat = model.chat
         self._visual_tokens = model.visual_tokens
-        self._max_tokens = kv_model.max_tokens
+        self._room_tokens = kv_model.max_tokens - model.visual_tokens(config.retrieve_blocks)
+        shortest = model.chat.frames_prompt("?")
+        if self._room_tokens < len(shortest.before_ids) + len(shortest.after_ids) + 1:
+            raise ConfigError(
+                f"serve.stream: {config.retrieve_blocks} retrieve_blocks take "
+                f"{model.visual_tokens(config.retrieve_blocks)} tokens, and the model takes {kv_model.max_tokens}: a "
+                "question and its answer need room, too, so ask for fewer"
+            )
         self._retriever = BestAndRecent(
             config.retrieve_blocks - config.recent_blocks, config.recent_blocks, config.score
         )
@@ -98,8 +108,12 @@ class QuestionAnswerer:
     def ask(self, bank: BlockBank, question: str, max_tokens: int, until_s: float | None = None) -> "StreamAnswer":
         """Greedy answer in at most `max_tokens` tokens. Raises `RequestRefusedError` or `StreamError`."""
         prompt = self._chat.frames_prompt(question)
-        if len(prompt.after_ids) + max_tokens >= self._max_tokens:
-            message = f"the question takes {len(prompt.after_ids)} tokens: too many for the model's {self._max_tokens}"
+        text_tokens = len(prompt.before_ids) + len(prompt.after_ids)
+        if text_tokens + max_tokens > self._room_tokens:
+            message = (
+                f"the prompt takes {text_tokens} tokens and the answer may take {max_tokens}: beside the frames the "
+                f"model has room for {self._room_tokens}, so shorten the question or ask for a shorter answer"
+            )
             raise bad_request(message, "context_length_exceeded", "question")
         answer = self._answerer.ask(
             bank,
@@ -111,5 +125,4 @@ class QuestionAnswerer:
             until_s=until_s,
         )
         visual_tokens = self._visual_tokens(len(answer.evidence[0].numbers))
-        text_tokens = len(prompt.before_ids) + len(prompt.after_ids)
         return StreamAnswer(self._chat.decode(answer.ids), answer, text_tokens + visual_tokens)

@@ -52,6 +52,10 @@ class StreamError(SparsightError, ValueError):
     """A stream that cannot take this frame or answer this question: closed, full, or out of order."""
 
 
+class StreamFullError(StreamError):
+    """A stream whose memory has no room for another frame: close it, or give it more."""
+
+
 class LostBlockError(StreamError):
     """A frame's memory that is damaged or missing: the stream goes on without it, ask again."""
 

@@ -36,7 +36,7 @@ class Ask:
     and earlier turns would dilute it). With `two_pass`, the question is read alone first and retrieves; then the prompt
     is read over what was found. `until_s` hides the blocks that end later, but not what earlier turns say of them. A
     token of `stop_ids` ends the answer, and so does the `max_new_tokens`-th; `on_token` hears every generated id at
-    once.
+    once, and an error of its own ends this question alone.
     """
 
     bank: BlockBank
@@ -109,20 +109,21 @@ class StreamAnswerer:
     def ask_all(self, asks: Sequence[Ask]) -> list[Answer | StreamError]:
         """Answer several questions greedily, in step; each stops on its own, and the rest go on without it.
 
-        The results stand in the order of the questions; the errors are those of `begin_all`.
+        The results stand in the order of the questions; the errors are those of `begin_all`, and for a question whose
+        `on_token` fails one that it caused.
         """
         drafts = [
             turn if isinstance(turn, StreamError) else _Draft(ask, turn)
             for ask, turn in zip(asks, self.begin_all(asks), strict=True)
         ]
-        going = [draft for draft in drafts if isinstance(draft, _Draft) and draft.finish is None]
+        going = [draft for draft in drafts if isinstance(draft, _Draft) and draft.goes_on]
         while going:
             tokens: list[int] = torch.stack([draft.turn.logits_V for draft in going]).argmax(dim=1).tolist()
             for draft, token in zip(going, tokens, strict=True):
                 draft.hear(token)
-            going = [draft for draft in going if draft.finish is None]
+            going = [draft for draft in going if draft.goes_on]
             self.step_all([draft.turn for draft in going], [draft.ids[-1] for draft in going])
-        return [draft if isinstance(draft, StreamError) else draft.answer() for draft in drafts]
+        return [draft if isinstance(draft, StreamError) else draft.result() for draft in drafts]
 
     def begin(
         self,
@@ -242,25 +243,36 @@ class Turn:
 
 
 class _Draft:
-    """An answer while it is written; `finish` says why it is complete."""
+    """An answer while it is written."""
 
     def __init__(self, ask: Ask, turn: Turn) -> None:
         self.turn = turn
         self.ids: list[int] = []
-        self.finish: Finish | None = None if ask.max_new_tokens > 0 else "length"
         self._ask = ask
+        self._finish: Finish | None = None if ask.max_new_tokens > 0 else "length"
+        self._unheard: StreamError | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        return self._finish is None and self._unheard is None
 
     def hear(self, token: int) -> None:
         """Take the next token."""
         if token in self._ask.stop_ids:
-            self.finish = "stop"
+            self._finish = "stop"
             return
         self.ids.append(token)
-        if self._ask.on_token is not None:
-            self._ask.on_token(token)
         if len(self.ids) == self._ask.max_new_tokens:
-            self.finish = "length"
+            self._finish = "length"
+        if self._ask.on_token is not None:
+            try:
+                self._ask.on_token(token)
+            except Exception as error:  # of whoever listens, whatever it is: the other questions go on
+                self._unheard = StreamError(f"the answer was cut short after {len(self.ids)} tokens: {error!r}")
+                self._unheard.__cause__ = error
 
-    def answer(self) -> Answer:
-        assert self.finish is not None
-        return Answer(tuple(self.ids), self.finish, self.turn.evidence)
+    def result(self) -> Answer | StreamError:
+        if self._unheard is not None:
+            return self._unheard
+        assert self._finish is not None
+        return Answer(tuple(self.ids), self._finish, self.turn.evidence)

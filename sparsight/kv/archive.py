@@ -7,6 +7,7 @@ store is checked where it is read. A page or record that is damaged in the folde
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from socket import gethostname
 from uuid import uuid4
@@ -34,6 +35,7 @@ class SegmentArchive:
         self._open: set[int] = set()  # segments that are there as they were before they were full
         self._storage = storage
         self._owner = f"{uuid4().hex} '{folder}' on {gethostname()}"
+        self._owner_before = b""
         self._header = b""
 
     def has(self, segment: int) -> bool:
@@ -46,8 +48,10 @@ class SegmentArchive:
 
         Raises `StreamError` where folder and store have different blocks in one place.
         """
+        self._owner_before = self._read_if_there(OWNER)
         self._storage.write_bytes(OWNER, self._owner.encode())
-        names = [key.removesuffix(".index") for key in self._storage.keys("") if key.endswith(".index")]
+        keys = list(self._storage.keys(""))
+        names = [key.removesuffix(".index") for key in keys if key.endswith(".index")]
         self.full = {int(name) for name in names if name.isdigit()}
         self._open = {int(name.removeprefix(_OPEN)) for name in names if name.startswith(_OPEN)} - self.full
         last_here = folder.known_segments - 1
@@ -58,6 +62,19 @@ class SegmentArchive:
             here_N = folder.durable_records(segment, is_last=segment >= last_here)
             if segment == newest_of_both or len(here_N) < folder.pages_per_segment or not whole(here_N).all():
                 self._complete(folder, segment, here_N)
+        for key in keys:  # a killed upload left copies that full segments have replaced
+            if key.startswith(_OPEN) and int(Path(key).stem.removeprefix(_OPEN)) in self.full:
+                self._storage.delete(key)
+
+    def give_back(self) -> None:
+        """Undo `take_over`, as far as the store answers: whoever wrote to it before goes on."""
+        with suppress(StorageError):
+            if self._read_if_there(OWNER) != self._owner.encode():
+                return
+            if self._owner_before:
+                self._storage.write_bytes(OWNER, self._owner_before)
+            else:
+                self._storage.delete(OWNER)
 
     def upload(self, folder: SegmentFolder, *, with_open: bool) -> None:
         """Copy every full segment that is not in the store yet; `with_open`, also what the open one holds now.
@@ -113,11 +130,23 @@ class SegmentArchive:
         return folder.check(number, first_layer, rows)
 
     def fetch_pages(self, folder: SegmentFolder, segment: int) -> bool:
-        """Put a full segment's pages back into the folder; False if the store has them no more."""
+        """Put a full segment's pages back into the folder; False if the store has them no more.
+
+        Pages that are whole in the folder only stay. Raises `StorageError`.
+        """
         path = folder.pages_path(segment)
         if not self._storage.exists(path.name):
             return False
-        LocalStorage(path.parent).write_bytes(path.name, self._storage.read_bytes(path.name))
+        there = self._storage.read_bytes(path.name)
+        here = memoryview(folder.read_pages(segment))
+        if here:
+            records_N = fitted(folder.read_records(segment), folder.pages_per_segment)
+            page_bytes, merged_pages = folder.known_format.page_bytes, bytearray(there.ljust(folder.full_bytes, b"\0"))
+            for slot in np.flatnonzero(whole(records_N)).tolist():
+                if has_page(records_N[slot], kept := _page(here, slot, page_bytes)):
+                    merged_pages[slot * page_bytes : (slot + 1) * page_bytes] = kept
+            there = bytes(merged_pages)
+        LocalStorage(path.parent).write_bytes(path.name, there)
         return True
 
     def clear(self) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparsight.errors import StreamError
+from sparsight.errors import StreamError, StreamFullError
 from sparsight.kv.block import SINK_NUMBER, BlockHead, KvBlock
 
 
@@ -117,7 +117,7 @@ class RamBank:
             return
         check_follows(block, last.head)
         if self._nbytes + block.nbytes > self._budget_bytes:
-            raise StreamError(
+            raise StreamFullError(
                 f"the stream's memory is full: {len(self)} blocks take {self._nbytes} of {self._budget_bytes} bytes, "
                 f"the next takes {block.nbytes}. Close the stream, or give it a larger budget."
             )

@@ -15,7 +15,7 @@ from typing import Self
 
 from torch import Tensor
 
-from sparsight.errors import StorageError, StreamError
+from sparsight.errors import StorageError, StreamError, StreamFullError
 from sparsight.kv.archive import SegmentArchive, fetch_header
 from sparsight.kv.block import KvBlock
 from sparsight.kv.page import PageFormat
@@ -66,9 +66,14 @@ class DiskTier:
                 fetch_header(store, folder)
             opened = SegmentFolder.open(folder, lock)
             _check_budget(budget, opened.header.segment_bytes, archive)
+            restored = cls(opened, budget, archive)
             if archive is not None:
-                archive.take_over(opened)
-            return cls(opened, budget, archive)
+                try:
+                    archive.take_over(opened)
+                except BaseException:
+                    restored.give_back()
+                    raise
+            return restored
 
     @property
     def sink(self) -> KvBlock:
@@ -95,7 +100,7 @@ class DiskTier:
         """Raises `StreamError` where a stream of so many pages takes no other."""
         entry_bytes = page_format.page_bytes + record_type(page_format).itemsize
         if (pages + 1) * entry_bytes > self.capacity_bytes:
-            raise StreamError(
+            raise StreamFullError(
                 f"the stream's memory is full: {pages} blocks take {pages * entry_bytes} of {self.capacity_bytes} "
                 f"bytes, the next takes {entry_bytes}. Close the stream, or give it a larger budget."
             )
@@ -173,6 +178,11 @@ class DiskTier:
         self._here.clear()
         self._read_bytes.clear()
 
+    def give_back(self) -> None:
+        """Undo what `restore` did to the store, where the stream is not opened after all."""
+        if self._archive is not None:
+            self._archive.give_back()
+
     def close(self) -> None:
         self._uploader.shutdown()
         self._folder.close()
@@ -220,7 +230,12 @@ class DiskTier:
                 if segment is None:
                     assert failure is not None, "every segment was copied"
                     raise failure
-            self._folder.pages_path(segment).unlink(missing_ok=True)
+            try:
+                self._folder.pages_path(segment).unlink(missing_ok=True)
+            except OSError as error:
+                self._use(segment)
+                path = self._folder.pages_path(segment)
+                raise StorageError(f"cannot remove '{path}', which was copied: {error.strerror or error}") from error
         if fixed_bytes > limit_bytes:
             raise StreamError(
                 f"{self._budget.disk_bytes} bytes of disk have no room beside {fixed_bytes} that must stay: give the "

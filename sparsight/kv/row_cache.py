@@ -8,6 +8,7 @@ copy. It knows nothing of files or locks. Used by `tiers`, for main memory and f
 import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class RowCache:
         if device.type == "cpu" and capacity * row_bytes > 0:
             # Anonymous pages cost nothing until they are written, and can be given back one by one.
             self._mapping = mmap.mmap(-1, capacity * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a system without huge pages
+                self._mapping.madvise(mmap.MADV_HUGEPAGE)
             self._buffer_NU = torch.frombuffer(self._mapping, dtype=torch.uint8).view(capacity, row_bytes)
         else:
             self._buffer_NU = torch.empty(capacity, row_bytes, dtype=torch.uint8, device=device)

@@ -7,6 +7,7 @@ have reached the disk, so a killed writer leaves whole blocks and at most a torn
 It keeps no pages in memory and knows no budgets. Used by `tiers`.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -76,6 +77,8 @@ class SegmentFolder:
             ) from error
         if sink.digest != header.sink_digest:
             raise StreamError(f"'{folder}' has the {SINK} of another stream: put back its own.")
+        for unfinished in folder.glob(".*.partial"):  # of a killed process
+            unfinished.unlink()
         return cls(folder, lock, header, sink)
 
     @property
@@ -169,7 +172,7 @@ class SegmentFolder:
     def read(self, number: int, first_layer: int, rows: Sequence[Tensor]) -> PageState:
         """Fill `rows` (each [U]) with a page's rows from `first_layer` on, and check every one.
 
-        Raises `StorageError` where the file is there and does not open: another time it may.
+        Raises `StorageError` where the file is there and cannot be read now: another time it may.
         """
         file = self._open_pages(self.places[number].segment)
         if file is None:
@@ -177,8 +180,11 @@ class SegmentFolder:
         buffers = [row_U.numpy().data for row_U in rows]
         try:
             got = os.preadv(file, buffers, self.offset_bytes(number, first_layer))
-        except OSError:  # the disk cannot read it
-            return "damaged"
+        except OSError as error:
+            if error.errno != errno.EIO:
+                path = self._pages_name(self.places[number].segment)
+                raise StorageError(f"cannot read '{path}': {error.strerror}") from error
+            return "damaged"  # the disk itself cannot read it
         finally:
             os.close(file)
         if got < len(rows) * self.known_format.row_bytes:
@@ -186,15 +192,8 @@ class SegmentFolder:
         return self.check(number, first_layer, rows)
 
     def read_pages(self, segment: int) -> bytes:
-        """All of a segment's pages; nothing where they are missing or the disk cannot read all of them.
-
-        Raises `StorageError` as `read` does.
-        """
-        file = self._open_pages(segment)
-        if file is not None:
-            with suppress(OSError), os.fdopen(file, "rb") as pages:
-                return pages.read()
-        return b""
+        """All of a segment's pages; nothing where they are missing. Raises `StorageError` where they cannot be read."""
+        return _read_if_there(self.pages_path(segment))
 
     def offset_bytes(self, number: int, layer: int) -> int:
         """Where one row of a page begins in its segment's file."""
@@ -207,14 +206,7 @@ class SegmentFolder:
 
     def read_records(self, segment: int) -> Array:
         """A segment's records, whole or not; none where the file is missing. Raises `StorageError`."""
-        path = self.index_path(segment)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            data = b""
-        except OSError as error:
-            raise StorageError(f"cannot read '{path}': {error.strerror or error}") from error
-        return parse(data, self.known_format)[: self.pages_per_segment]
+        return parse(_read_if_there(self.index_path(segment)), self.known_format)[: self.pages_per_segment]
 
     def durable_records(self, segment: int, *, is_last: bool) -> Array:
         """The records of all pages that became durable: all that fit, or in the last segment those before a torn end.
@@ -304,8 +296,21 @@ class SegmentFolder:
 
     def _write_header(self, header: Header) -> None:
         LocalStorage(self.folder).write_bytes(HEADER, header.to_bytes())
-        _sync_folder(self.folder)
+        try:
+            _sync_folder(self.folder)
+        except OSError as error:
+            raise StorageError(f"cannot write '{self.folder / HEADER}': {error.strerror or error}") from error
         self.header = header
+
+
+def _read_if_there(path: Path) -> bytes:
+    """A whole file; nothing where it is missing. Raises `StorageError` where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise StorageError(f"cannot read '{path}': {error.strerror or error}") from error
 
 
 def _write_at(path: Path, offset: int, parts: Sequence[np.ndarray[Any, Any]]) -> None:

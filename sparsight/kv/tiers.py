@@ -78,12 +78,15 @@ class TieredBank:
         """The stream that is in a folder or, where the folder lacks something, in the store, which it takes over.
 
         The newest pages that main memory has room for are read and checked, the others when they are asked for.
-        Raises `StreamError` where there is no stream, or while another process has it.
+        Raises `StreamError` where there is no stream, or while another process has it; whoever had the store keeps it
+        then.
         """
-        bank = cls(DiskTier.restore(folder, disk, store), memory, device)
+        tier = DiskTier.restore(folder, disk, store)
+        bank = cls(tier, memory, device)
         try:
             bank._load()
         except BaseException:
+            tier.give_back()
             bank.close()
             raise
         return bank

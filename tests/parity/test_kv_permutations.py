@@ -103,7 +103,7 @@ def assert_the_same(found: Answer, expected: Answer) -> None:
         assert layer.scores == pytest.approx(expected_layer.scores, abs=1e-4, rel=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])  # with biases, and with norms of queries and keys
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 @pytest.mark.parametrize(("group_order", "query_order"), [([1, 0], [0, 1]), ([0, 1], [1, 0]), ([1, 0], [1, 0])])
 def test_a_host_with_heads_in_another_order_answers_the_same(
     architecture: str, group_order: list[int], query_order: list[int]

@@ -11,13 +11,24 @@ from sparsight.kv.disk import DiskBudget
 from sparsight.kv.encoder import StreamEncoder
 from sparsight.kv.retrieve import BestAndRecent
 from sparsight.kv.tiers import MemoryBudget, TieredBank
-from tests.unit.kv.tiny_stream import PROMPT_IDS, TinyStream, bank_of, encode, frames_of, said, spans_of, tiny_stream
+from sparsight.storage import open_storage
+from tests.unit.kv.tiny_stream import (
+    ARCHITECTURES,
+    PROMPT_IDS,
+    TinyStream,
+    bank_of,
+    encode,
+    frames_of,
+    said,
+    spans_of,
+    tiny_stream,
+)
 
 FRAMES = 16
 WINDOW = 21
 
 
-@pytest.fixture(scope="module", params=["qwen2", "mixtral"])
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
 def stream(request: pytest.FixtureRequest) -> TinyStream:
     return tiny_stream(request.param)
 
@@ -38,6 +49,24 @@ def test_the_answer_after_restoring_is_the_answer_before(stream: TinyStream, tmp
         assert ask(stream, bank) == expected
     with TieredBank.restore(tmp_path, memory, disk) as bank:
         assert ask(stream, bank) == expected
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_the_answer_from_the_store_alone_is_the_answer_before(
+    stream: TinyStream, kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """On another machine, that is: nothing is in its folder."""
+    sink, blocks = encode(stream, frames_of(stream, FRAMES), WINDOW)
+    page_bytes = blocks[0].rows_LU.nbytes
+    memory, disk = MemoryBudget(6 * page_bytes), DiskBudget(2**20, 2**30, segment_bytes=3 * page_bytes)
+    place = f"s3://{request.getfixturevalue('new_bucket')()}/stream" if kind == "s3" else str(tmp_path / "store")
+    with TieredBank.create(tmp_path / "one", sink, memory, disk, open_storage(place)) as bank:
+        for block in blocks:
+            bank.put(block)
+        bank.upload()
+    with TieredBank.restore(tmp_path / "other", memory, disk, open_storage(place)) as bank:
+        assert not list((tmp_path / "other").glob("00000.pages"))
+        assert ask(stream, bank) == ask(stream, bank_of(sink, blocks))
 
 
 def test_an_encoder_goes_on_from_a_restored_bank(stream: TinyStream, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Streams over HTTP: frames in, answers with evidence out, as the chat endpoint answers the same picture."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -137,6 +138,24 @@ def test_a_full_stream_keeps_what_it_has_and_goes_on_answering(http: httpx.Clien
     rest = http.post(f"{stream}/frames", json=frames(*(8.0 + second for second in range(4))))
     assert rest.json()["frames"] == FRAMES_BEFORE_FULL
     assert http.post(f"{stream}/questions", json=QUESTION).status_code == 200
+
+
+def test_a_client_that_leaves_in_the_middle_does_not_disturb_its_stream(http: httpx.Client, stream: str) -> None:
+    """Its frames are taken or not, and the next ones are encoded after all that were."""
+    address, impatient = http.base_url, httpx.Timeout(60, read=0.005)
+    with httpx.Client(base_url=address, timeout=impatient) as leaving, suppress(httpx.ReadTimeout):
+        leaving.post(f"{stream}/frames", json=frames(*(float(second) for second in range(8))))
+    assert http.post(f"{stream}/frames", json=frames(8.0)).status_code == 200
+    taken = http.get(stream).json()["frames"]
+    assert taken in (1, 9)
+    quiet = f"/streams/{http.post('/streams', json={'model': MODEL}).json()['id']}"
+    if taken == 9:
+        http.post(f"{quiet}/frames", json=frames(*(float(second) for second in range(8))))
+    http.post(f"{quiet}/frames", json=frames(8.0))
+    left, expected = (http.post(f"{path}/questions", json=QUESTION).json()["evidence"] for path in (stream, quiet))
+    assert [moment["block"] for moment in left] == [moment["block"] for moment in expected]
+    assert [moment["score"] for moment in left] == pytest.approx([moment["score"] for moment in expected], abs=1e-5)
+    http.delete(quiet)
 
 
 def test_bad_questions(http: httpx.Client, stream: str) -> None:

@@ -160,6 +160,25 @@ def test_questions_of_a_batch_are_heard_and_leave_it_one_by_one(
     assert rows == [4, *(sum(fed > step for fed in (1, len(stopped), 5)) for step in range(5))]
 
 
+def test_whoever_cannot_listen_any_more_ends_its_own_answer_only(answerer: StreamAnswerer, bank: RamBank) -> None:
+    def leave(token: int) -> None:
+        raise BrokenPipeError(f"nobody hears {token}")
+
+    asks = [
+        Ask(bank, PROMPT_IDS, BestAndRecent(3), 4, on_token=leave),
+        Ask(bank, PROMPT_IDS, BestAndRecent(3), 1, on_token=leave),
+        Ask(bank, PROMPT_IDS, BestAndRecent(3), 4),
+    ]
+    *failed, whole = answerer.ask_all(asks)
+    assert isinstance(whole, Answer)
+    assert whole.ids == answerer.ask(bank, PROMPT_IDS, BestAndRecent(3), max_new_tokens=4).ids
+    for error in failed:
+        assert isinstance(error, StreamError)
+        assert isinstance(error.__cause__, BrokenPipeError)
+    with pytest.raises(StreamError, match="cut short after 1 tokens: BrokenPipeError"):
+        answerer.ask(bank, PROMPT_IDS, BestAndRecent(3), max_new_tokens=4, on_token=leave)
+
+
 def test_a_question_that_is_refused_harms_no_other(stream: TinyStream, answerer: StreamAnswerer, bank: RamBank) -> None:
     empty = RamBank(encode_sink(stream.kv_model, SINK_IDS), 2**20)
     good = Ask(bank, PROMPT_IDS, BestAndRecent(3), 4)

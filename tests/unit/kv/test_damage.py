@@ -148,6 +148,28 @@ def test_a_clear_that_was_killed_has_cleared(tmp_path: Path) -> None:
         assert_holds(bank, 0)
 
 
+def test_what_the_disk_itself_cannot_read_is_lost(tmp_path: Path) -> None:
+    """The file is there and opens, and reading it is an input/output error, as for a broken sector."""
+    with filled(tmp_path, 9):
+        pass
+    with TieredBank.restore(tmp_path, ROOM_FOR_FEW, replace(DISK, disk_bytes=2**20)) as bank:
+        (tmp_path / "00000.pages").unlink()
+        (tmp_path / "00000.pages").symlink_to("/proc/self/mem")  # nothing is mapped at its beginning
+        with pytest.raises(LostBlockError, match="is damaged"):
+            bank.gather(0, [0])
+        assert sorted(bank.verify()) == [0, 1, 2]
+        assert_holds(bank, *range(3, 9))
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tmp_path: Path) -> None:
+    with filled(tmp_path, 4):
+        pass
+    (tmp_path / ".00000.pages.0123456789abcdef.partial").write_bytes(b"\0" * PAGE_BYTES)
+    with restored(tmp_path) as bank:
+        assert_holds(bank, *range(4))
+        assert not list(tmp_path.glob(".*"))
+
+
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
@@ -160,7 +182,7 @@ def test_announcing_rows_that_cannot_be_announced_costs_no_descriptor(tmp_path: 
         (tmp_path / "00000.pages").unlink()
         (tmp_path / "00000.pages").symlink_to(f"/proc/self/fd/{from_pipe}")
         before = open_files()
-        with pytest.raises(LostBlockError):
+        with pytest.raises(StreamError, match="cannot be read now"):
             bank.gather(0, [0, 1, 2])
         assert open_files() == before
     os.close(from_pipe)

@@ -127,20 +127,25 @@ def test_pages_that_are_missing_before_they_were_copied_stop_nothing(tmp_path: P
         assert_holds(bank, *left)
 
 
-def make_unreadable(path: Path) -> Callable[[], object]:
-    """The file is there and does not open; what is returned brings it back."""
+def make_unreadable(path: Path, by: str) -> Callable[[], object]:
+    """The file is there and cannot be opened, or opens and cannot be read; what is returned brings it back."""
     aside = path.rename(path.with_suffix(".aside"))
-    path.symlink_to(path.name)  # itself
-    return lambda: aside.replace(path)
+    if by == "open":
+        path.symlink_to(path.name)  # itself
+        return lambda: aside.replace(path)
+    path.mkdir()
+    return lambda: (path.rmdir(), aside.rename(path))
 
 
-def test_pages_that_cannot_be_read_now_are_copied_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["open", "read"])
+def test_pages_that_cannot_be_read_now_are_copied_later(tmp_path: Path, by: str) -> None:
     folder, store = tmp_path / "stream", LocalStorage(tmp_path / "store")
     with filled(folder, 0, store) as bank:
         put_without_the_store(bank, tmp_path / "store", *range(6))
-        mend = make_unreadable(folder / "00000.pages")
-        with pytest.raises(StorageError, match="cannot open"):
+        mend = make_unreadable(folder / "00000.pages", by)
+        with pytest.raises(StorageError, match=r"cannot read '.*00000\.pages'"):
             bank.upload()
+        assert not store.exists("00000.index")
         put_more(bank, *range(6, 30))
         mend()
         bank.upload()
@@ -148,16 +153,64 @@ def test_pages_that_cannot_be_read_now_are_copied_later(tmp_path: Path) -> None:
         assert_holds(bank, *range(30))
 
 
-def test_pages_that_cannot_be_read_now_are_not_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["open", "read"])
+def test_pages_that_cannot_be_read_now_are_not_lost(tmp_path: Path, by: str) -> None:
     folder, store = tmp_path / "stream", LocalStorage(tmp_path / "store")
     uploaded(folder, 9, store)
     with TieredBank.restore(folder, ROOM_FOR_FEW, replace(DISK, disk_bytes=2**20)) as bank:
-        mend = make_unreadable(folder / "00000.pages")
-        with pytest.raises(StreamError, match="cannot be read now, but is not lost: cannot open"):
+        mend = make_unreadable(folder / "00000.pages", by)
+        with pytest.raises(StreamError, match=f"cannot be read now, but is not lost: cannot {by}"):
             bank.gather(0, [0, 1, 2])
         assert not bank.lost
         mend()
         assert_holds(bank, *range(9))
-    make_unreadable(folder / "00000.pages")
+    make_unreadable(folder / "00000.pages", by)
     with restored(folder, store) as bank:
         assert_holds(bank, *range(9))
+
+
+def test_others_leave_in_place_of_a_segment_that_cannot_be_removed(tmp_path: Path) -> None:
+    folder, store = tmp_path / "stream", LocalStorage(tmp_path / "store")
+    with filled(folder, 6, store) as bank:
+        bank.upload()
+        mend = make_unreadable(folder / "00000.pages", by="read")  # nor does a folder let itself be unlinked
+        for number in range(6, 45):
+            put_more(bank, number)
+            bank.flush()
+        assert len(list(folder.glob("*.pages"))) < 10
+        assert_holds(bank, *range(45))
+        mend()
+        put_more(bank, *range(45, 60))
+        bank.upload()
+        assert not (folder / "00000.pages").exists()
+        assert_holds(bank, *range(60))
+
+
+def test_a_segment_that_comes_back_replaces_no_whole_page(tmp_path: Path) -> None:
+    """Page 1 is damaged in the folder, page 2 in the store: asking often for 1 brings the segment."""
+    folder, store = tmp_path / "stream", LocalStorage(tmp_path / "store")
+    uploaded(folder, 9, store)
+    flip(folder / "00000.pages", PAGE_BYTES)
+    flip(tmp_path / "store" / "00000.pages", 2 * PAGE_BYTES)
+    damaged = (folder / "00000.pages").read_bytes()
+    with TieredBank.restore(folder, ROOM_FOR_FEW, DISK, store) as bank:
+        for _ in range(8):
+            bank.gather(0, [1])
+            bank.gather(0, [3, 4, 5, 6, 7, 8])
+            bank.gather(1, [3, 4, 5, 6, 7, 8])
+        assert (folder / "00000.pages").read_bytes() != damaged
+        assert_holds(bank, *range(9))
+
+
+def test_what_a_killed_upload_left_is_removed(tmp_path: Path) -> None:
+    folder, store = tmp_path / "stream", LocalStorage(tmp_path / "store")
+    with filled(folder, 2, store) as bank:
+        bank.upload()
+        left = {key: store.read_bytes(key) for key in ("open-00000.index", "open-00000.pages")}
+        put_more(bank, 2, 3)
+        bank.upload()
+    for key, data in left.items():
+        store.write_bytes(key, data)
+    with restored(folder, store) as bank:
+        assert_holds(bank, *range(4))
+    assert {key for key in store.keys("") if key.startswith("open")} == {"open-00001.index", "open-00001.pages"}

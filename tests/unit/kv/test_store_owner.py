@@ -9,9 +9,10 @@ import torch
 from sparsight.errors import StreamError
 from sparsight.kv.block import KvBlock
 from sparsight.kv.header import HEADER
+from sparsight.kv.tiers import MemoryBudget, TieredBank
 from sparsight.storage import LocalStorage
-from tests.unit.kv.random_blocks import block_of
-from tests.unit.kv.small_streams import assert_holds, filled, put_more, restored, uploaded
+from tests.unit.kv.random_blocks import PAGE_BYTES, block_of
+from tests.unit.kv.small_streams import DISK, assert_holds, filled, put_more, restored, uploaded
 
 
 def test_a_store_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -107,6 +108,25 @@ def test_a_folder_that_went_another_way_than_the_store_is_refused(tmp_path: Path
         restored(tmp_path / "copy", store)
     with restored(folder, store) as bank:
         assert_holds(bank, *range(7))
+
+
+def test_a_bank_that_is_refused_leaves_the_store_to_whoever_has_it(tmp_path: Path) -> None:
+    folder, store = tmp_path / "stream", LocalStorage(tmp_path / "store")
+    with filled(folder, 4, store) as bank:
+        bank.upload()
+        shutil.copytree(folder, tmp_path / "copy")
+        put_more(bank, 4, 5, 6)
+        bank.upload()
+        with restored(tmp_path / "copy") as copy:
+            copy.put(KvBlock.from_page(4, 8.0, 10.0, torch.ones_like(block_of(4).page_L2GSC)))
+        with pytest.raises(StreamError, match="went on with different blocks"):
+            restored(tmp_path / "copy", store)
+        with pytest.raises(StreamError, match="give the stream more"):
+            TieredBank.restore(tmp_path / "elsewhere", MemoryBudget(PAGE_BYTES), DISK, store)
+        put_more(bank, 7)
+        bank.upload()
+    with restored(tmp_path / "third", store) as third:
+        assert_holds(third, *range(8))
 
 
 def test_a_copy_from_before_a_clear_is_another_stream(tmp_path: Path) -> None:

@@ -149,9 +149,10 @@ class BankMachine(RuleBasedStateMachine):
         self.close()
         self.restore()
 
-    @rule(data=st.data(), torn_bytes=st.integers(0, 50))
-    def crash_and_restore(self, data: st.DataObject, torn_bytes: int) -> None:
-        """Another process sees the files as they were at some moment since the last durable point."""
+    @rule(data=st.data(), torn_bytes=st.integers(0, 50), torn_pages=st.floats(0, SEGMENT_PAGES))
+    def crash_and_restore(self, data: st.DataObject, torn_bytes: int, torn_pages: float) -> None:
+        """Another process sees the files as they were at some moment since the last durable point: pages come first, so
+        there may be more of them than records, whole or not."""
         durable = self.durable
         self.close()
         self.durable = durable
@@ -166,6 +167,8 @@ class BankMachine(RuleBasedStateMachine):
             if kept < segment * SEGMENT_PAGES:
                 path.unlink()
                 path.with_suffix(".pages").unlink(missing_ok=True)
+            elif records < SEGMENT_PAGES and (pages := path.with_suffix(".pages")).exists():
+                pages.write_bytes(pages.read_bytes()[: round((records + torn_pages) * self.page_bytes)])
         self.restore()
         assert len(self.put) == max(kept, self.copied)
 

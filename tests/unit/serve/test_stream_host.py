@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from PIL import Image
 
+from serve_apps.refusals import RequestRefusedError
 from serve_apps.stream_host import FrameEncoder, QuestionAnswerer
 from sparsight.config import StreamConfig
+from sparsight.errors import ConfigError
 from sparsight.kv.answerer import StreamAnswerer
 from sparsight.kv.attention import KvTextModel
 from sparsight.kv.bank import RamBank
+from sparsight.kv.block import KvBlock
 from sparsight.kv.retrieve import BestAndRecent
 from sparsight.media.pixels import to_pixels
 from sparsight.model.decode import BatchDecoder
@@ -27,10 +31,19 @@ def filled(model: VisionLanguageModel, kv_model: KvTextModel, frames: int) -> Ra
     """A bank with so many frames, a second apart."""
     encoder = FrameEncoder(model, kv_model, EVERYTHING)
     bank = RamBank(encoder.sink, 10**9)
-    encoder.restore("s", [])
-    for block in encoder.encode("s", [picture(seed) for seed in range(frames)], [float(s) for s in range(frames)]):
+    pictures, times_s = clip(frames)
+    for block in encoder.encode("s", 0, nothing, pictures, times_s):
         bank.put(block)
     return bank
+
+
+def clip(frames: int) -> tuple[list[Image.Image], list[float]]:
+    return [picture(seed) for seed in range(frames)], [float(second) for second in range(frames)]
+
+
+def nothing(_: int) -> list[KvBlock]:
+    """The newest blocks of a new stream."""
+    return []
 
 
 def clip_decoder(model: VisionLanguageModel, frames: int) -> BatchDecoder:
@@ -81,18 +94,68 @@ def test_nobody_can_write_a_picture(model: VisionLanguageModel, kv_model: KvText
 
 def test_an_encoder_goes_on_where_another_ended(model: VisionLanguageModel, kv_model: KvTextModel) -> None:
     config = StreamConfig(window_tokens=40)
-    pictures, times_s = [picture(seed) for seed in range(9)], [float(second) for second in range(9)]
-    whole = FrameEncoder(model, kv_model, config)
-    whole.restore("s", [])
-    blocks = whole.encode("s", pictures, times_s)
+    pictures, times_s = clip(9)
+    blocks = FrameEncoder(model, kv_model, config).encode("s", 0, nothing, pictures, times_s)
     fresh = FrameEncoder(model, kv_model, config)
-    assert not fresh.knows("s", 6)
-    fresh.restore("s", blocks[3:6])
-    assert fresh.knows("s", 6)
-    rest = fresh.encode("s", pictures[6:], times_s[6:])
+    rest = fresh.encode("s", 6, lambda _: blocks[3:6], pictures[6:8], times_s[6:8])
+    rest += fresh.encode("s", 8, impossible, pictures[8:], times_s[8:])
     assert [block.number for block in rest] == [6, 7, 8]
     for block, expected in zip(rest, blocks[6:], strict=True):
         torch.testing.assert_close(block.page_L2GSC, expected.page_L2GSC, atol=1e-5, rtol=1e-5)
+
+
+def test_an_encoder_takes_up_a_stream_that_went_on_without_it(
+    model: VisionLanguageModel, kv_model: KvTextModel
+) -> None:
+    """Blocks that it made and nobody kept, and those of others that it has not seen."""
+    config = StreamConfig(window_tokens=40)
+    pictures, times_s = clip(9)
+    blocks = FrameEncoder(model, kv_model, config).encode("s", 0, nothing, pictures, times_s)
+    for had in (slice(0, 3), slice(0, 8)):
+        encoder = FrameEncoder(model, kv_model, config)
+        encoder.encode("s", 0, nothing, pictures[had], times_s[had])
+        [block] = encoder.encode("s", 6, lambda _: blocks[3:6], pictures[6:7], times_s[6:7])
+        torch.testing.assert_close(block.page_L2GSC, blocks[6].page_L2GSC, atol=1e-5, rtol=1e-5)
+
+
+def test_an_encoder_keeps_no_more_streams_than_there_can_be(model: VisionLanguageModel, kv_model: KvTextModel) -> None:
+    """Those that ended somewhere else are never forgotten by name."""
+    encoder = FrameEncoder(model, kv_model, StreamConfig(window_tokens=40, max_streams=2))
+    pictures, times_s = clip(2)
+    first = encoder.encode("0", 0, nothing, pictures[:1], times_s[:1])
+    for stream_id in ("1", "2"):
+        encoder.encode(stream_id, 0, nothing, pictures[:1], times_s[:1])
+    encoder.encode("2", 1, impossible, pictures[1:], times_s[1:])
+    with pytest.raises(AssertionError):
+        encoder.encode("0", 1, impossible, pictures[1:], times_s[1:])
+    assert [block.number for block in encoder.encode("0", 1, lambda _: first, pictures[1:], times_s[1:])] == [1]
+
+
+def impossible(_: int) -> list[KvBlock]:
+    raise AssertionError("this encoder has had these frames itself")
+
+
+def test_a_question_that_leaves_frames_no_room_is_refused(model: VisionLanguageModel, kv_model: KvTextModel) -> None:
+    """Whatever the stream holds yet: by the frames that are retrieved from a long one, to the token."""
+    frames = StreamConfig(retrieve_blocks=5, recent_blocks=1)
+    answerer = QuestionAnswerer(model, kv_model, frames)
+    bank = filled(model, kv_model, 6)
+    prompt = model.chat.frames_prompt(QUESTION)
+    text_tokens = len(prompt.before_ids) + len(prompt.after_ids)
+    room = kv_model.max_tokens - model.visual_tokens(5) - text_tokens
+    with pytest.raises(RequestRefusedError) as refused:
+        answerer.ask(bank, QUESTION, room + 1)
+    assert (refused.value.refusal.status, refused.value.refusal.code) == (400, "context_length_exceeded")
+    answer = answerer.ask(bank, QUESTION, room)
+    assert answer.prompt_tokens == text_tokens + model.visual_tokens(5)
+
+
+def test_frames_that_leave_no_room_for_a_question_are_refused_at_the_start(
+    model: VisionLanguageModel, kv_model: KvTextModel
+) -> None:
+    too_many = kv_model.max_tokens // model.frame_tokens
+    with pytest.raises(ConfigError, match=f"{too_many} retrieve_blocks take"):
+        QuestionAnswerer(model, kv_model, StreamConfig(retrieve_blocks=too_many))
 
 
 @pytest.mark.parametrize("question", ["assistant user", "hi", "?", "<video> <|end|>", "red circle  \n"])
