@@ -120,6 +120,7 @@ class StreamReplica:
         try:
             return self._answerer.ask(bank, request.question, min(request.max_tokens or limit, limit), request.until_s)
         except StreamError as error:
+            _describe(stream_id)
             raise RequestRefusedError(Refusal(409, str(error), "stream_not_answerable")) from None
 
 

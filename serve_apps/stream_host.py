@@ -106,20 +106,19 @@ class QuestionAnswerer:
         )
 
     def ask(self, bank: BlockBank, question: str, max_tokens: int, until_s: float | None = None) -> "StreamAnswer":
-        """Greedy answer in at most `max_tokens` tokens. Raises `RequestRefusedError` or `StreamError`."""
+        """Greedy answer in at most `max_tokens` tokens, fewer where frames and prompt leave no more. Raises
+        `RequestRefusedError` or `StreamError`."""
         prompt = self._chat.frames_prompt(question)
         text_tokens = len(prompt.before_ids) + len(prompt.after_ids)
-        if text_tokens + max_tokens > self._room_tokens:
-            message = (
-                f"the prompt takes {text_tokens} tokens and the answer may take {max_tokens}: beside the frames the "
-                f"model has room for {self._room_tokens}, so shorten the question or ask for a shorter answer"
-            )
+        room_tokens = self._room_tokens - text_tokens
+        if room_tokens < 1:
+            message = f"the prompt takes {text_tokens} tokens; beside the frames the model takes {self._room_tokens}"
             raise bad_request(message, "context_length_exceeded", "question")
         answer = self._answerer.ask(
             bank,
             torch.tensor(prompt.after_ids),
             self._retriever,
-            max_new_tokens=max_tokens,
+            max_new_tokens=min(max_tokens, room_tokens),
             stop_ids=(self._chat.end_id,),
             question=prompt.question,
             until_s=until_s,

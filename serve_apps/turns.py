@@ -6,6 +6,7 @@ the next call of that key begins only then. Knows nothing of streams or HTTP. Us
 
 import asyncio
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -26,7 +27,8 @@ class Turns:
         """
         lock = self._locks.setdefault(key, asyncio.Lock())
         await lock.acquire()
-        turn = asyncio.create_task(_run(call, lock))
+        # In a context of its own: what cancels the caller must not reach the calls that this one makes.
+        turn = asyncio.create_task(_run(call, lock), context=Context())
         self._running.add(turn)
         turn.add_done_callback(self._running.discard)
         return await asyncio.shield(turn)

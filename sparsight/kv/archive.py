@@ -6,7 +6,7 @@ store is checked where it is read. A page or record that is damaged in the folde
 `owner` names the one bank that writes to the store: the last that was made for it or restored from it. Used by `disk`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from socket import gethostname
@@ -18,12 +18,15 @@ from torch import Tensor
 from sparsight.errors import StorageError, StreamError
 from sparsight.kv.block import KvBlock
 from sparsight.kv.header import HEADER, SINK, Header
+from sparsight.kv.page import PageFormat
 from sparsight.kv.records import Array, fitted, has_page, merged, parse, whole, written
 from sparsight.kv.segments import PageState, SegmentFolder
 from sparsight.storage import LocalStorage, Storage
 
 OWNER = "owner"
 _OPEN = "open-"
+_Reader = Callable[[int, int, Sequence[Tensor]], PageState]
+"""`SegmentFolder.read`, or what reads like it."""
 
 
 class SegmentArchive:
@@ -63,12 +66,13 @@ class SegmentArchive:
             if segment == newest_of_both or len(here_N) < folder.pages_per_segment or not whole(here_N).all():
                 self._complete(folder, segment, here_N)
         for key in keys:  # a killed upload left copies that full segments have replaced
-            if key.startswith(_OPEN) and int(Path(key).stem.removeprefix(_OPEN)) in self.full:
+            segment = Path(key).stem.removeprefix(_OPEN)
+            if key.startswith(_OPEN) and segment.isdigit() and int(segment) in self.full:
                 self._storage.delete(key)
 
     def give_back(self) -> None:
         """Undo `take_over`, as far as the store answers: whoever wrote to it before goes on."""
-        with suppress(StorageError):
+        with suppress(OSError):
             if self._read_if_there(OWNER) != self._owner.encode():
                 return
             if self._owner_before:
@@ -137,16 +141,11 @@ class SegmentArchive:
         path = folder.pages_path(segment)
         if not self._storage.exists(path.name):
             return False
-        there = self._storage.read_bytes(path.name)
-        here = memoryview(folder.read_pages(segment))
-        if here:
+        pages = self._storage.read_bytes(path.name)
+        if path.exists():
             records_N = fitted(folder.read_records(segment), folder.pages_per_segment)
-            page_bytes, merged_pages = folder.known_format.page_bytes, bytearray(there.ljust(folder.full_bytes, b"\0"))
-            for slot in np.flatnonzero(whole(records_N)).tolist():
-                if has_page(records_N[slot], kept := _page(here, slot, page_bytes)):
-                    merged_pages[slot * page_bytes : (slot + 1) * page_bytes] = kept
-            there = bytes(merged_pages)
-        LocalStorage(path.parent).write_bytes(path.name, there)
+            pages = _repaired(pages, records_N, folder.known_format, [folder.read])
+        LocalStorage(path.parent).write_bytes(path.name, pages)
         return True
 
     def clear(self) -> None:
@@ -233,21 +232,10 @@ class SegmentArchive:
         that is not whole either, something else."""
         page_format = folder.known_format
         found = folder.read_pages(segment)[: len(records_N) * page_format.page_bytes]
-        slots: list[int] = np.flatnonzero(whole(records_N)).tolist()
-        view, page_bytes = memoryview(found), page_format.page_bytes
-        damaged = [slot for slot in slots if not has_page(records_N[slot], _page(view, slot, page_bytes))]
-        if not damaged and len(found) == len(records_N) * page_bytes:
-            return found
-        pages = bytearray(found.ljust(len(records_N) * page_bytes, b"\0"))
-        rows_LU = page_format.empty_rows(page_format.layers)
-        for slot in damaged:
-            number = int(records_N[slot]["number"])
-            state = folder.read(number, 0, list(rows_LU))
-            if state != "whole" and segment in self._open:
-                state = self.read(folder, number, 0, list(rows_LU))
-            if state == "whole":
-                pages[slot * page_bytes : (slot + 1) * page_bytes] = rows_LU.numpy().tobytes()
-        return bytes(pages)
+        readers: list[_Reader] = [folder.read]
+        if segment in self._open:
+            readers.append(lambda number, first_layer, rows: self.read(folder, number, first_layer, rows))
+        return _repaired(found, records_N, page_format, readers)
 
 
 def fetch_header(storage: Storage, folder: Path) -> None:
@@ -289,6 +277,23 @@ def _has_sink(local: LocalStorage, header: Header) -> bool:
         return KvBlock.from_bytes(local.read_bytes(SINK)).digest == header.sink_digest
     except (StorageError, StreamError):
         return False
+
+
+def _repaired(found: bytes, records_N: Array, page_format: PageFormat, readers: Sequence[_Reader]) -> bytes:
+    """The pages of these records: as they were found or, where that is not whole, as the first reader has them that
+    does; else something else."""
+    slots: list[int] = np.flatnonzero(whole(records_N)).tolist()
+    view, page_bytes = memoryview(found), page_format.page_bytes
+    damaged = [slot for slot in slots if not has_page(records_N[slot], _page(view, slot, page_bytes))]
+    if not damaged and len(found) == len(records_N) * page_bytes:
+        return found
+    pages = bytearray(found.ljust(len(records_N) * page_bytes, b"\0"))
+    rows_LU = page_format.empty_rows(page_format.layers)
+    for slot in damaged:
+        number = int(records_N[slot]["number"])
+        if any(read(number, 0, list(rows_LU)) == "whole" for read in readers):
+            pages[slot * page_bytes : (slot + 1) * page_bytes] = rows_LU.numpy().tobytes()
+    return bytes(pages)
 
 
 def _page(pages: memoryview, slot: int, page_bytes: int) -> memoryview:

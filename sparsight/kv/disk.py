@@ -7,7 +7,7 @@ Used by `tiers`.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,30 +222,33 @@ class DiskTier:
         indexes_bytes = len(self._folder.places) * record_type(page_format).itemsize
         limit_bytes = self._budget.disk_bytes - per_segment
         fixed_bytes = self._folder.open_pages * page_format.page_bytes + indexes_bytes
+        stuck: dict[int, StorageError] = {}
         while self._here and fixed_bytes + len(self._here) * per_segment > limit_bytes:
-            segment = self._forget_a_copied(self._archive)
+            segment = self._forget_a_copied(self._archive, stuck)
             if segment is None:
                 failure = self._uploader.submit(self._archive.upload, self._folder, with_open=False).exception()
-                segment = self._forget_a_copied(self._archive)
+                segment = self._forget_a_copied(self._archive, stuck)
                 if segment is None:
+                    failure = failure or next(iter(stuck.values()), None)
                     assert failure is not None, "every segment was copied"
                     raise failure
+            path = self._folder.pages_path(segment)
             try:
-                self._folder.pages_path(segment).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             except OSError as error:
+                stuck[segment] = StorageError(f"cannot remove '{path}', which was copied: {error.strerror or error}")
                 self._use(segment)
-                path = self._folder.pages_path(segment)
-                raise StorageError(f"cannot remove '{path}', which was copied: {error.strerror or error}") from error
         if fixed_bytes > limit_bytes:
             raise StreamError(
                 f"{self._budget.disk_bytes} bytes of disk have no room beside {fixed_bytes} that must stay: give the "
                 "stream more, or close it."
             )
 
-    def _forget_a_copied(self, archive: SegmentArchive) -> int | None:
-        """The segment in the folder that was not used for longest, of those that are in the store."""
+    def _forget_a_copied(self, archive: SegmentArchive, stuck: Container[int]) -> int | None:
+        """The segment in the folder that was not used for longest, of those that are in the store and not stuck."""
         with self._mutex:
-            segment = next((segment for segment in self._here if segment in archive.full), None)
+            copied = (segment for segment in self._here if segment in archive.full and segment not in stuck)
+            segment = next(copied, None)
             if segment is not None:
                 del self._here[segment]
         return segment

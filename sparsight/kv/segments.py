@@ -192,8 +192,17 @@ class SegmentFolder:
         return self.check(number, first_layer, rows)
 
     def read_pages(self, segment: int) -> bytes:
-        """All of a segment's pages; nothing where they are missing. Raises `StorageError` where they cannot be read."""
-        return _read_if_there(self.pages_path(segment))
+        """All of a segment's pages; nothing where they are missing, or where the disk itself cannot read them all: then
+        `read` may have some. Raises `StorageError` where they cannot be read now."""
+        path = self.pages_path(segment)
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            if error.errno == errno.EIO:
+                return b""
+            raise StorageError(f"cannot read '{path}': {error.strerror or error}") from error
 
     def offset_bytes(self, number: int, layer: int) -> int:
         """Where one row of a page begins in its segment's file."""
@@ -206,7 +215,14 @@ class SegmentFolder:
 
     def read_records(self, segment: int) -> Array:
         """A segment's records, whole or not; none where the file is missing. Raises `StorageError`."""
-        return parse(_read_if_there(self.index_path(segment)), self.known_format)[: self.pages_per_segment]
+        path = self.index_path(segment)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            data = b""
+        except OSError as error:
+            raise StorageError(f"cannot read '{path}': {error.strerror or error}") from error
+        return parse(data, self.known_format)[: self.pages_per_segment]
 
     def durable_records(self, segment: int, *, is_last: bool) -> Array:
         """The records of all pages that became durable: all that fit, or in the last segment those before a torn end.
@@ -301,16 +317,6 @@ class SegmentFolder:
         except OSError as error:
             raise StorageError(f"cannot write '{self.folder / HEADER}': {error.strerror or error}") from error
         self.header = header
-
-
-def _read_if_there(path: Path) -> bytes:
-    """A whole file; nothing where it is missing. Raises `StorageError` where it cannot be read."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise StorageError(f"cannot read '{path}': {error.strerror or error}") from error
 
 
 def _write_at(path: Path, offset: int, parts: Sequence[np.ndarray[Any, Any]]) -> None:

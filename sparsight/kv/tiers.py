@@ -79,7 +79,7 @@ class TieredBank:
 
         The newest pages that main memory has room for are read and checked, the others when they are asked for.
         Raises `StreamError` where there is no stream, or while another process has it; whoever had the store keeps it
-        then.
+        then, as far as it answers.
         """
         tier = DiskTier.restore(folder, disk, store)
         bank = cls(tier, memory, device)

@@ -1,7 +1,7 @@
 """Streams over HTTP: frames in, answers with evidence out, as the chat endpoint answers the same picture."""
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -37,7 +37,13 @@ def http(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def stream(http: httpx.Client) -> Iterator[str]:
-    """The path of a new stream, closed after the test."""
+    with opened(http) as path:
+        yield path
+
+
+@contextmanager
+def opened(http: httpx.Client) -> Iterator[str]:
+    """The path of a new stream, closed in the end."""
     response = http.post("/streams", json={"model": MODEL})
     assert response.status_code == 200
     path = f"/streams/{response.json()['id']}"
@@ -148,14 +154,13 @@ def test_a_client_that_leaves_in_the_middle_does_not_disturb_its_stream(http: ht
     assert http.post(f"{stream}/frames", json=frames(8.0)).status_code == 200
     taken = http.get(stream).json()["frames"]
     assert taken in (1, 9)
-    quiet = f"/streams/{http.post('/streams', json={'model': MODEL}).json()['id']}"
-    if taken == 9:
-        http.post(f"{quiet}/frames", json=frames(*(float(second) for second in range(8))))
-    http.post(f"{quiet}/frames", json=frames(8.0))
-    left, expected = (http.post(f"{path}/questions", json=QUESTION).json()["evidence"] for path in (stream, quiet))
+    with opened(http) as quiet:
+        if taken == 9:
+            http.post(f"{quiet}/frames", json=frames(*(float(second) for second in range(8))))
+        http.post(f"{quiet}/frames", json=frames(8.0))
+        left, expected = (http.post(f"{path}/questions", json=QUESTION).json()["evidence"] for path in (stream, quiet))
     assert [moment["block"] for moment in left] == [moment["block"] for moment in expected]
     assert [moment["score"] for moment in left] == pytest.approx([moment["score"] for moment in expected], abs=1e-5)
-    http.delete(quiet)
 
 
 def test_bad_questions(http: httpx.Client, stream: str) -> None:

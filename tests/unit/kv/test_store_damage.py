@@ -176,14 +176,44 @@ def test_others_leave_in_place_of_a_segment_that_cannot_be_removed(tmp_path: Pat
         mend = make_unreadable(folder / "00000.pages", by="read")  # nor does a folder let itself be unlinked
         for number in range(6, 45):
             put_more(bank, number)
-            bank.flush()
-        assert len(list(folder.glob("*.pages"))) < 10
+        bank.flush()
+        pages = [path for path in folder.glob("*.pages") if path.is_file()]
+        assert sum(path.stat().st_size for path in [*pages, folder / "00000.aside"]) <= DISK.disk_bytes
         assert_holds(bank, *range(45))
         mend()
         put_more(bank, *range(45, 60))
         bank.upload()
         assert not (folder / "00000.pages").exists()
         assert_holds(bank, *range(60))
+
+
+def test_a_sector_that_the_disk_cannot_read_costs_its_segment_no_other_page(tmp_path: Path) -> None:
+    """What can be read is copied, once, and the segment leaves the folder like any other."""
+    folder, store = tmp_path / "stream", LocalStorage(tmp_path / "store")
+    with filled(folder, 0, store) as bank:
+        put_without_the_store(bank, tmp_path / "store", *range(6))
+        (folder / "00000.pages").unlink()
+        (folder / "00000.pages").symlink_to("/proc/self/mem")  # reading its beginning is an input/output error
+        bank.upload()
+        put_more(bank, *range(6, 45))
+        bank.upload()
+        assert sorted(bank.verify()) == [0, 1, 2]
+        assert_holds(bank, *range(3, 45))
+        assert not (folder / "00000.pages").is_symlink()
+
+
+def test_what_the_disk_cannot_read_comes_back_from_the_store(tmp_path: Path) -> None:
+    folder, store = tmp_path / "stream", LocalStorage(tmp_path / "store")
+    uploaded(folder, 9, store)
+    (folder / "00000.pages").unlink()
+    (folder / "00000.pages").symlink_to("/proc/self/mem")
+    with TieredBank.restore(folder, ROOM_FOR_FEW, DISK, store) as bank:
+        for _ in range(8):
+            bank.gather(0, [1])
+            bank.gather(0, [3, 4, 5, 6, 7, 8])
+            bank.gather(1, [3, 4, 5, 6, 7, 8])
+        assert not (folder / "00000.pages").is_symlink()
+        assert_holds(bank, *range(9))
 
 
 def test_a_segment_that_comes_back_replaces_no_whole_page(tmp_path: Path) -> None:

@@ -135,19 +135,23 @@ def impossible(_: int) -> list[KvBlock]:
     raise AssertionError("this encoder has had these frames itself")
 
 
-def test_a_question_that_leaves_frames_no_room_is_refused(model: VisionLanguageModel, kv_model: KvTextModel) -> None:
-    """Whatever the stream holds yet: by the frames that are retrieved from a long one, to the token."""
-    frames = StreamConfig(retrieve_blocks=5, recent_blocks=1)
-    answerer = QuestionAnswerer(model, kv_model, frames)
-    bank = filled(model, kv_model, 6)
+def test_frames_and_prompt_leave_the_answer_what_room_there_is(
+    model: VisionLanguageModel, kv_model: KvTextModel
+) -> None:
+    """To the token: nothing that is let through fails later, and what leaves no room for one token is refused."""
+    most = kv_model.max_tokens // model.frame_tokens
+    bank = filled(model, kv_model, most)
     prompt = model.chat.frames_prompt(QUESTION)
     text_tokens = len(prompt.before_ids) + len(prompt.after_ids)
-    room = kv_model.max_tokens - model.visual_tokens(5) - text_tokens
+    blocks = max(blocks for blocks in range(most) if model.visual_tokens(blocks) + text_tokens < kv_model.max_tokens)
+    room = kv_model.max_tokens - model.visual_tokens(blocks) - text_tokens
+    answerer = QuestionAnswerer(model, kv_model, StreamConfig(retrieve_blocks=blocks, recent_blocks=1))
+    answer = answerer.ask(bank, QUESTION, room + 5)
+    assert answer.prompt_tokens == text_tokens + model.visual_tokens(blocks)
+    assert len(answer.answer.ids) <= room
     with pytest.raises(RequestRefusedError) as refused:
-        answerer.ask(bank, QUESTION, room + 1)
+        answerer.ask(bank, QUESTION + " really" * room, 1)
     assert (refused.value.refusal.status, refused.value.refusal.code) == (400, "context_length_exceeded")
-    answer = answerer.ask(bank, QUESTION, room)
-    assert answer.prompt_tokens == text_tokens + model.visual_tokens(5)
 
 
 def test_frames_that_leave_no_room_for_a_question_are_refused_at_the_start(
