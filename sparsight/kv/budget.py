@@ -8,8 +8,8 @@ from sparsight.kv.page import PageFormat
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """`ram_bytes` covers the index, blocks on their way to the disk, cached rows, and a sixteenth for rows that are
-    read or gathered; the newest `recent_blocks` stay as far as they fit. `device_bytes` are the accelerator's.
+    """`ram_bytes` covers the index, blocks on their way to the disk, cached rows, and an eighth for rows that are read or
+    gathered; the newest `recent_blocks` stay as far as they fit. `device_bytes` are the accelerator's.
 
     Raises `StreamError` for negative numbers.
     """
@@ -28,13 +28,13 @@ class MemoryBudget:
 
     def cache_rows(self, page_format: PageFormat, index_bytes: int) -> int:
         """Rows that main memory has room for beside waiting blocks and the index; negative where these are too much."""
-        free_bytes = self.ram_bytes - self.ram_bytes // 16 - index_bytes - self.waiting_bytes(page_format)
+        free_bytes = self.ram_bytes - self.ram_bytes // 8 - index_bytes - self.waiting_bytes(page_format)
         return free_bytes // page_format.row_bytes
 
     def check(self, page_format: PageFormat, index_bytes: int, cached_pages: int) -> None:
         """Raises `StreamError` where not even so many pages can be cached."""
         if self.cache_rows(page_format, index_bytes) < cached_pages * page_format.layers:
             raise StreamError(
-                f"{self.ram_bytes} bytes of main memory, a sixteenth kept free, have no room beside an index of "
+                f"{self.ram_bytes} bytes of main memory, an eighth kept free, have no room beside an index of "
                 f"{index_bytes} for {1 + cached_pages} pages of {page_format.page_bytes}: give the stream more."
             )
