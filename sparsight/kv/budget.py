@@ -8,8 +8,8 @@ from sparsight.kv.page import PageFormat
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """`ram_bytes` covers the index, blocks on their way to the disk, cached rows, and an eighth for rows that are read or
-    gathered; the newest `recent_blocks` stay as far as they fit. `device_bytes` are the accelerator's.
+    """`ram_bytes` covers the index, blocks on their way to the disk, cached rows, and an eighth for rows that are
+    read or gathered; the newest `recent_blocks` stay as far as they fit. `device_bytes` are the accelerator's.
 
     Raises `StreamError` for negative numbers.
     """
