@@ -8,7 +8,7 @@ questions at any time. Methods return their result, or a `Refusal`. Deployed by 
 import asyncio
 import uuid
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import ray
 from ray import serve
@@ -25,6 +25,7 @@ from serve_apps.turns import Turns
 from sparsight.errors import StreamError, StreamFullError
 from sparsight.kv.attention import KvTextModel
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 BANK = "kv_bank"
@@ -52,27 +53,27 @@ class StreamReplica:
     async def open(self) -> StreamInfo | Refusal:
         stream_id = f"stream_{uuid.uuid4().hex}"
         try:
-            return await self._turns.take(stream_id, lambda: _answer(lambda: self._open(stream_id)))
+            return await self._turns.take(stream_id, _refusing(self._open, stream_id))
         except asyncio.CancelledError:  # nobody has heard of the stream
             await self.close(stream_id)
             raise
 
     async def list(self) -> list[StreamInfo] | Refusal:
-        return await asyncio.to_thread(_answer, lambda: _banks().describe_all())
+        return await asyncio.to_thread(_refusing(lambda: _banks().describe_all()))
 
     async def describe(self, stream_id: str) -> StreamInfo | Refusal:
-        return await asyncio.to_thread(_answer, lambda: _describe(stream_id))
+        return await asyncio.to_thread(_refusing(_describe, stream_id))
 
     async def close(self, stream_id: str) -> StreamInfo | Refusal:
         """Forget the stream; returns what it was."""
-        return await self._turns.take(stream_id, lambda: _answer(lambda: self._close(stream_id)))
+        return await self._turns.take(stream_id, _refusing(self._close, stream_id))
 
     async def add_frames(self, stream_id: str, request: FramesRequest) -> StreamInfo | Refusal:
         """Keep all frames or none; the stream as it then is."""
-        return await self._turns.take(stream_id, lambda: _answer(lambda: self._add_frames(stream_id, request)))
+        return await self._turns.take(stream_id, _refusing(self._add_frames, stream_id, request))
 
     async def ask(self, stream_id: str, request: QuestionRequest) -> StreamAnswer | Refusal:
-        return await asyncio.to_thread(_answer, lambda: self._ask(stream_id, request))
+        return await asyncio.to_thread(_refusing(self._ask, stream_id, request))
 
     def _open(self, stream_id: str) -> StreamInfo:
         info = _banks().open(stream_id, self._name, self._encoder.sink)
@@ -137,8 +138,13 @@ def _describe(stream_id: str) -> StreamInfo:
     return info
 
 
-def _answer(call: Callable[[], T]) -> T | Refusal:
-    try:
-        return call()
-    except RequestRefusedError as refused:
-        return refused.refusal
+def _refusing(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Callable[[], T | Refusal]:
+    """The call with these arguments, to be made later; a refusal is its result, then."""
+
+    def made() -> T | Refusal:
+        try:
+            return call(*args, **kwargs)
+        except RequestRefusedError as refused:
+            return refused.refusal
+
+    return made
